@@ -1,0 +1,65 @@
+# What people and CI type. The first use of any target makes .venv from pyproject.toml and
+# constraints.txt; nothing is installed outside it. Make answers every failure with 2 and prints the
+# real code ("Error 78"): a script that needs the code runs .venv/bin/runner itself.
+
+PYTHON ?= python3
+JOB ?=
+SET ?=
+ARGS ?=
+
+SHELL := bash
+BIN := .venv/bin
+# Make hands its own variables to children; a job is read from JOB_FILE, JOB_YAML and JOB__*, never from these.
+unexport JOB SET ARGS PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help train validate test check bench schema clean has-job
+
+help: ## Show this list
+	@echo 'usage: make TARGET [NAME=value]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+	@echo 'JOB is a job file (or set JOB_FILE or JOB_YAML in the environment). PYTHON makes .venv: 3.11 or later.'
+	@echo 'Exit codes: make turns each into 2 and prints it; $(BIN)/runner train JOB returns it.'
+
+train: has-job .venv/.installed ## Train a job: make train JOB=jobs/demo-sft.yaml SET="training.max_steps=5"
+	@exec $(BIN)/runner train $(if $(JOB),"$(JOB)") $(SET)
+
+validate: has-job .venv/.installed ## Check a job without running it: make validate JOB=jobs/demo-sft.yaml
+	@exec $(BIN)/runner validate $(if $(JOB),"$(JOB)") $(SET)
+
+test: check ## Run check and every test: make test ARGS="-k manifest"
+	@$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/.installed ## Lint, check the format and the types
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+bench: .venv/.installed ## Measure what the README promises, on this machine
+	@$(BIN)/python bench/validate.py
+	@$(BIN)/python bench/sft_step.py
+
+schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
+	@$(BIN)/python -m runner.schema.generate
+
+clean: ## Remove .venv and everything the tools made; runs/ stays
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find runner tests bench -name __pycache__ -prune -exec rm -rf {} +
+
+# Before the set-up, not after it.
+has-job:
+	@if [ -z "$(JOB)$$JOB_FILE$$JOB_YAML" ]; then \
+	  echo 'no job: name a file, make $(MAKECMDGOALS) JOB=jobs/demo-sft.yaml' >&2; exit 64; fi
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo '$(PYTHON) is not Python 3.11 or later: name one that is, make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 69; }
+	@echo 'Setting up .venv: once, a minute or two and 2 GB (log: .venv/install.log)'
+	@set -o pipefail; $(PYTHON) -m venv .venv && \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+	  --constraint constraints.txt --editable '.[train,dev]' 2>&1 \
+	| tee .venv/install.log \
+	| while IFS= read -r line; do if [ -t 1 ]; then printf '\r\033[K%.78s' "$$line"; fi; done \
+	|| { echo; tail -n 20 .venv/install.log >&2; exit 69; }; \
+	if [ -t 1 ]; then printf '\r\033[K'; fi; echo ".venv is ready after $$SECONDS s"; \
+	touch $@

@@ -1,0 +1,286 @@
+"""The verbs, and the one place that catches everything: `runner VERB ...`.
+
+A verb imports what it needs when it runs, so that `validate` answers in a fraction of a second and never
+loads torch. Every failure is one message on stderr and an exit code of `runner.errors`; a failure that is
+none of those is a defect of ours, and its traceback goes to a file that the message names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import os
+import re
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from runner import __version__
+from runner.errors import JobError, RunnerError, StorageError, UsageError
+
+INTERRUPTED = 130
+"""What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
+
+SOURCES = """\
+JOB is a YAML file. Without it the job comes from JOB_FILE (a path) or JOB_YAML (the text itself).
+Values, strongest first: key=value here, JOB__SECTION__KEY in the environment, the file, the default.
+"""
+
+CODES = """\
+exit codes:
+  0 done   64 usage   65 bad data   74 storage   75 stopped, run again   76 not owner
+  77 permission   78 bad job   93 no progress   1 and others: crash
+"""
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A word of the command line: what it does, and how."""
+
+    help: str
+    examples: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    act: Callable[[argparse.Namespace], int]
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print and exit with 2, which means nothing to an orchestrator."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self.prog}: {message}\n    remedy: see {self.prog} --help")
+
+
+class _ReaderLeft(Exception):
+    """Nobody reads stdout any more, as in `runner schema | head`: no failure."""
+
+
+def entry() -> NoReturn:
+    """The console script."""
+    code = main(sys.argv[1:])
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except OSError:
+        # The interpreter would flush once more, fail, and replace the code with its own.
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(argv: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        return _run(argv)
+    except _ReaderLeft:
+        return 0
+    except JobError as error:
+        count = len(error.problems)
+        _complain(f"{error}\n\n{count} problem{'s' if count != 1 else ''} in the job; nothing was started")
+        return error.exit_code
+    except RunnerError as error:
+        _complain(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except Exception as error:  # noqa: BLE001 (the last resort, and the only one in this process)
+        return _defect(error)
+
+
+def _run(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        _say(_overview())
+        return 0 if argv else UsageError.exit_code
+    if argv[0] in ("-V", "--version"):
+        _say(f"runner {__version__}")
+        return 0
+    if argv[0] not in VERBS:
+        near = difflib.get_close_matches(argv[0][:32], VERBS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"runner: {argv[0]!r} is not a verb\n    remedy: {meant}the verbs are {', '.join(VERBS)}"
+        )
+    verb = VERBS[argv[0]]
+    parser = _Parser(
+        prog=f"runner {argv[0]}",
+        description=verb.help,
+        epilog=f"examples:\n{verb.examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    verb.arguments(parser)
+    if {"-h", "--help"} & set(argv[1:]):
+        _say(parser.format_help())
+        return 0
+    return verb.act(parser.parse_intermixed_args(argv[1:]))
+
+
+def _overview() -> str:
+    verbs = "\n".join(f"  {name:<10} {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: runner VERB [JOB] [key=value ...]\n\n"
+        "Fine-tunes a vision-language model as one YAML file says, and survives its machine.\n\n"
+        f"verbs:\n{verbs}\n\n{SOURCES}\n"
+        f"runner VERB --help shows examples; runner --version the version.\n\n{CODES}"
+    ).rstrip()
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = f"{parser.description}\n\n{SOURCES}"
+    parser.add_argument(
+        "words", nargs="*", metavar="JOB key=value", help="the job file, and values that override it"
+    )
+
+
+def _validate_arguments(parser: argparse.ArgumentParser) -> None:
+    _job_arguments(parser)
+    parser.add_argument(
+        "--resolved",
+        action="store_true",
+        help="print the complete job as YAML, with the source of every value",
+    )
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _job_arguments(parser)
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
+    )
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _train_arguments(parser)
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help="adapter folder, or `base` for the base model (default: runs/<name>/adapter)",
+    )
+
+
+def _schema_arguments(parser: argparse.ArgumentParser) -> None:
+    del parser  # takes nothing
+
+
+def _split(words: list[str]) -> tuple[str | None, list[str]]:
+    """The job file and the overrides. A word is an override when a key could stand before its first `=`."""
+    overrides = [word for word in words if re.match(r"[^/\\=]*=", word)]
+    files = [word for word in words if word not in overrides]
+    if len(files) > 1:
+        raise UsageError(
+            f"read the command line: {len(files)} job files, {', '.join(files)}\n"
+            "    remedy: name one; write values as key=value, in quotes when they have blanks"
+        )
+    return (files[0] if files else None), overrides
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from runner.resolved import resolved_yaml
+    from runner.settings import resolve
+
+    resolved = resolve(*_split(arguments.words), os.environ)
+    if arguments.resolved:
+        _say(resolved_yaml(resolved))
+        return 0
+    job = resolved.job
+    bits = "4-bit " if (job.quantization or {}).get("load_in_4bit") else "8-bit " if job.quantization else ""
+    how = f"LoRA r={job.lora.get('r', 8)}" if job.lora is not None else "full fine-tuning"
+    changed = sum(
+        1 for source in resolved.sources.values() if source.startswith(("command line", "environment"))
+    )
+    _say(
+        f"valid: {job.name} ({resolved.file or 'no file'}{f', {changed} overridden' if changed else ''})\n"
+        f"  {job.method} of {job.model.name_or_path} ({bits}base, {how}), {job.model.dtype}\n"
+        f"  train on {', '.join(f'{one.path} [{one.split}]' for one in job.datasets.train)}"
+    )
+    return 0
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from runner.settings import resolve
+
+    resolved = resolve(*_split(arguments.words), os.environ)  # a bad job is answered before more is loaded
+    from runner import launch
+
+    return launch.train(resolved, arguments.runs)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from runner.settings import resolve
+
+    resolved = resolve(*_split(arguments.words), os.environ)
+    from runner import launch
+
+    return launch.evaluate(resolved, arguments.runs, arguments.adapter)
+
+
+def _schema(arguments: argparse.Namespace) -> int:
+    del arguments
+    _say((Path(__file__).parent / "schema" / "job.json").read_text("utf-8"))
+    return 0
+
+
+def _say(text: str) -> None:
+    try:
+        print(text.rstrip("\n"), flush=True)
+    except BrokenPipeError as error:
+        raise _ReaderLeft from error
+    except OSError as error:
+        raise StorageError(
+            f"write to standard output: {error.strerror}\n    remedy: free the disk"
+        ) from error
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads; the exit code still tells
+        print(message, file=sys.stderr, flush=True)
+
+
+def _defect(error: Exception) -> int:
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get("RUNNER_DEBUG") == "1":
+        where = f"the traceback:\n{text}"
+    else:
+        with tempfile.NamedTemporaryFile("w", prefix="runner-defect-", suffix=".log", delete=False) as file:
+            file.write(text)
+        where = f"traceback: {file.name} (RUNNER_DEBUG=1 prints it)"
+    _complain(f"{type(error).__name__}: this is a defect of vlm-runner, please report it; {where}")
+    return RunnerError.exit_code
+
+
+VERBS = {
+    "validate": Verb(
+        "Check a job: every problem at once, in a fraction of a second, nothing started.",
+        "  runner validate jobs/demo-sft.yaml\n"
+        "  runner validate jobs/demo-sft.yaml lora.r=16 'datasets.train.0.split=train[:10%]'\n"
+        "  JOB__LORA__R=16 runner validate jobs/demo-sft.yaml --resolved\n",
+        _validate_arguments,
+        _validate,
+    ),
+    "train": Verb(
+        "Train a job. The same command again resumes it.",
+        "  runner train jobs/demo-sft.yaml\n"
+        "  runner train jobs/demo-sft.yaml name=demo-2 training.learning_rate=1e-4\n"
+        "  JOB_FILE=jobs/demo-sft.yaml runner train\n",
+        _train_arguments,
+        _train,
+    ),
+    "evaluate": Verb(
+        "Evaluate a job's adapter, or the base model, by generation.",
+        "  runner evaluate jobs/demo-sft.yaml\n"
+        "  runner evaluate jobs/demo-sft.yaml --adapter runs/demo-sft/adapter evaluation.max_samples=50\n",
+        _evaluate_arguments,
+        _evaluate,
+    ),
+    "schema": Verb(
+        "Print the JSON Schema of a job, for editors.",
+        "  runner schema > job.schema.json\n"
+        "  # first line of a job: # yaml-language-server: $schema=job.schema.json\n",
+        _schema_arguments,
+        _schema,
+    ),
+}

@@ -1,0 +1,145 @@
+"""`runner evaluate`: generate on a job's held-out rows with one adapter, or with the base model alone.
+
+    --adapter            what is evaluated              runs/<name>/evaluation/
+    (none)               the run's own adapter          adapter.json, adapter.predictions.jsonl
+    (none), no adapter   the base model                 base.json, ...
+    base                 the base model                 base.json, ...
+    DIR                  the adapter in DIR             <label of DIR>.json, ...
+
+The trainer writes into a folder of this evaluation (`evaluation/attempts/<n>/`); what it finished is moved
+to its label by rename, so that a label is whole or what it was before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner import attempt, fetch, identity
+from runner.attempt import TRAINER, Seen
+from runner.durable import disk, write_json
+from runner.errors import DataError, JobError, Preempted, Problem, RunnerError
+from runner.events import Event
+from runner.fetching import fetched
+from runner.manifest import Job
+from runner.plan import Plan, geometry
+from runner.progress import Screen, metric_lines
+from runner.ranks import Notices
+from runner.run_folder import RunFolder
+from runner.settings import Resolved
+from runner.verdict import final_error
+
+BASE = "base"
+OWN = "adapter"
+_TAKEN = {BASE, OWN, "before", "after"}
+
+
+def evaluate(
+    resolved: Resolved, runs_dir: Path, adapter: str | Path | None = None, *, trainer: Sequence[str] = TRAINER
+) -> int:
+    """Evaluate, keep every prediction, print the metrics. Returns 0.
+
+    Args:
+        adapter: a folder, `base`, or None for the run's own.
+
+    Raises:
+        JobError: the job has nothing to evaluate, or the run's adapter is of another model.
+        DataError: the adapter is none.
+        RunnerError: any other end, with its exit code.
+    """
+    job = resolved.job
+    if job.evaluation is None or not job.datasets.eval:
+        reason = "the job has no datasets.eval, or its evaluation is null"
+        raise JobError([Problem("evaluation", reason, "add datasets.eval and an evaluation section")])
+    cut = geometry(job)
+    folder = RunFolder((runs_dir / job.name).absolute())
+    path, label = choose(adapter, folder)
+    with folder.locked(), Notices() as notices, contextlib.closing(Screen()) as screen:
+        stored = identity.read(folder.identity)
+        if stored is not None and path == folder.adapter:
+            # Other rows and other limits are welcome here; another base model is not.
+            identity.check_job(stored, job, folder.path, sections=("model.*",))
+        screen.line(f"evaluating {'the base model' if path is None else f'the adapter in {path}'}")
+        pins = {} if stored is None else stored.pins
+        request = fetch.Request(job=job, train=False, pins=pins)
+        answer = fetched(request, folder.path, notices, screen.show)
+        number, own = attempt.new_folder(folder.evaluation / "attempts")
+        plan = Plan(
+            purpose="evaluate",
+            job=job,
+            run_dir=own,  # its evaluation/ is ours to move
+            attempt=number,
+            attempt_dir=own,
+            geometry=cut,
+            fetched=answer.fetched,
+            adapter=path,
+            save_seconds=job.checkpoints.max_loss_seconds,
+        )
+
+        def show(event: Event) -> None:
+            if event["event"] != "evaluation":  # the end says it
+                screen.show(event)
+
+        ended = attempt.run(
+            plan,
+            trainer=trainer,
+            environ=attempt.environ_of_trainer(os.environ),
+            notices=notices,
+            seen=Seen(),
+            on_event=show,
+            on_notice=lambda reason: screen.line(f"{reason}: stopping"),
+            on_tick=screen.tick,
+        )
+        screen.close()
+        final = None if ended.outcome is None else final_error(ended.outcome)
+        if final is not None:
+            raise final
+        if ended.outcome is None or ended.outcome.outcome != "done":
+            if notices.first is not None:
+                raise Preempted(f"{notices.first}: the evaluation is stopped; nothing is kept of it")
+            raise RunnerError(f"evaluate {job.name}: {ended.message(number)}")
+        kept = _keep(own / "evaluation", folder.evaluation, label, path, job)
+        for line in metric_lines(kept["metrics"]):
+            screen.line(line)
+        screen.line(f"every prediction: {folder.evaluation / label}.predictions.jsonl")
+    return 0
+
+
+def choose(adapter: str | Path | None, folder: RunFolder) -> tuple[Path | None, str]:
+    """The adapter folder, None for the base model, and the label of its files.
+
+    Raises:
+        DataError: no adapter is there.
+    """
+    if adapter is None:
+        return (folder.adapter, OWN) if folder.adapter.is_dir() else (None, BASE)
+    if str(adapter) == BASE:
+        return None, BASE
+    path = Path(adapter).expanduser().absolute()
+    if not (path / "adapter_config.json").is_file():
+        raise DataError(
+            f"evaluate {adapter}: {path} has no adapter_config.json, so it is no PEFT adapter; remedy: name "
+            f"the folder of one, or `{BASE}` for the base model"
+        )
+    if path == folder.adapter:
+        return path, OWN
+    # `adapter` is what every run calls its own; the run's name tells them apart.
+    name = f"{path.parent.name}-{path.name}" if path.name == OWN else path.name
+    label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "other"
+    return path, f"other-{label}" if label in _TAKEN else label
+
+
+def _keep(made: Path, kept: Path, label: str, adapter: Path | None, job: Job) -> dict[str, Any]:
+    """Move what the trainer wrote to its label; predictions first, because the metrics speak of them."""
+    name = BASE if adapter is None else OWN
+    with disk("keep the evaluation", kept):
+        document: dict[str, Any] = json.loads((made / f"{name}.json").read_bytes())
+        document |= {"adapter": None if adapter is None else str(adapter), "model": job.model.name_or_path}
+        (made / f"{name}.predictions.jsonl").replace(kept / f"{label}.predictions.jsonl")
+        write_json(kept / f"{label}.json", document)
+    return document

@@ -1,0 +1,56 @@
+"""The supervisor's side of `runner.fetch`: run it as a child and read its answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from runner.attempt import last_error
+from runner.durable import disk, write_text
+from runner.errors import Preempted, RunnerError
+from runner.events import Event
+from runner.fetch import Answer, Request, read_answer
+from runner.ranks import Notices, watch
+
+FETCHER = (sys.executable, "-m", "runner.fetch")
+
+
+def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Event], None]) -> Answer:
+    """Fetch what a job names.
+
+    Args:
+        folder: where the request, the answer and the log (`fetch.*`) are kept.
+        say: takes the events of the download.
+
+    Raises:
+        DataError, AccessDenied, StorageError: as `runner.fetch.fetch` does.
+        Preempted: asked to stop; what was downloaded stays in the cache.
+        RunnerError: the process crashed.
+    """
+    asked, answer, log = (folder / f"fetch.{name}" for name in ("request.json", "answer.json", "log"))
+    with disk("write the fetch request", folder):
+        write_text(asked, request.model_dump_json())
+        answer.unlink(missing_ok=True)
+        log.unlink(missing_ok=True)
+    say({"event": "phase", "phase": "fetch"})
+    exit = watch(
+        [*FETCHER, str(asked), str(answer)],
+        environ=os.environ,
+        log=log,
+        notices=notices,
+        on_event=say,
+        on_notice=lambda reason: True,
+        on_tick=lambda: None,
+    )
+    with disk("read the fetch answer", answer):
+        found = read_answer(answer)
+    if notices.first is not None:
+        raise Preempted(
+            f"{notices.first}: stopped while fetching; what was downloaded stays in the cache; the same "
+            "command goes on"
+        )
+    if found is None:
+        raise RunnerError(f"fetch: it ended with {exit}; its last line: {last_error(log)}; log: {log}")
+    return found

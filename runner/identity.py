@@ -1,0 +1,201 @@
+"""What makes a run the same run: `runs/<name>/run.json`, written once, compared at every start.
+
+Everything in a job defines the run, but for two groups of keys:
+
+    may change, nothing follows         checkpoints, datasets.num_proc, evaluation.steps,
+                                        training.logging_* and the like (`FREE`)
+    may change, bits may differ         launch, training.per_device_train_batch_size, evaluation.batch_size,
+    (samples and global batch do not)   training.dataloader_* (`SAID`): announced
+
+The rest of `evaluation` defines, because "before" and "after" must mean the same. Commits of hub repositories
+are kept, so that a branch that moves does not move a run; local files are compared by fingerprint.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from runner import __version__
+from runner.checkpoint.files import refuse_newer
+from runner.durable import disk, write_json
+from runner.errors import DataError, JobError, Problem
+from runner.manifest import Job
+
+FREE = (
+    "checkpoints.*",
+    "datasets.num_proc",
+    "evaluation.steps",
+    "training.logging_*",
+    "training.log_*",
+    "training.report_to*",
+    "training.run_name",
+    "training.disable_tqdm",
+)
+SAID = (
+    "launch.*",
+    "training.per_device_train_batch_size",
+    "training.dataloader_*",
+    "evaluation.batch_size",
+)
+"""Patterns over dotted keys. Dataloader settings belong here because upstream's own shuffling is not used."""
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+
+_SHOWN = 12
+"""Differences listed before the rest is counted."""
+
+
+class Identity(BaseModel):
+    """The content of `run.json`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    job: dict[str, Any]
+    """The job of the first attempt, whole."""
+    pins: dict[str, str]
+    """Commits of hub repositories, by `runner.fetch.key`."""
+    fingerprints: dict[str, str]
+    """Of local paths, by `runner.fetch.fingerprint`."""
+    versions: dict[str, str]
+    """Packages of the first attempt, for the record and for one warning."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the bits; read from the installation, nothing is imported."""
+    found = {"vlm-runner": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def read(path: Path) -> Identity | None:
+    """The identity of a run; None if it has none yet.
+
+    Raises:
+        DataError: `run.json` cannot be understood.
+        JobError: it is of a newer format.
+    """
+    if not path.exists():
+        return None
+    remedy = "remedy: put it back from a copy, or remove the run's whole folder to start over"
+    try:
+        with disk("read the run's identity", path):
+            document = json.loads(path.read_bytes())
+        refuse_newer(document, str(path))
+        return Identity.model_validate(document)
+    except (ValueError, ValidationError) as error:
+        raise DataError(f"{path}: cannot be read as the identity of a run; {remedy}") from error
+
+
+def write(path: Path, identity: Identity) -> None:
+    """Keep the identity of a run that starts."""
+    with disk("write the run's identity", path):
+        write_json(path, {"format": 1, **identity.model_dump(mode="json")})
+
+
+def check_job(stored: Identity, job: Job, run_dir: Path, sections: Iterable[str] = ("*",)) -> list[str]:
+    """Compare a job with the one that the run began with.
+
+    Args:
+        sections: patterns of the dotted keys to compare; all by default.
+
+    Returns:
+        What changed and may, where it is worth a line.
+
+    Raises:
+        JobError: another job; the differences and the remedy.
+    """
+    try:
+        # Through the models, so that keys that came later have their defaults.
+        old = flat(Job.model_validate(stored.job).model_dump(mode="json"))
+    except ValidationError as error:
+        reason = f"{run_dir} belongs to a job that this version of the runner does not accept any more"
+        raise JobError([Problem("name", reason, _remedy(job, run_dir))]) from error
+    new = flat(job.model_dump(mode="json"))
+    changed = [
+        name
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, ABSENT) != new.get(name, ABSENT) and not _matches(name, FREE)
+    ]
+    shown = {
+        name: f"{name}: {_say(old.get(name, ABSENT))} -> {_say(new.get(name, ABSENT))}" for name in changed
+    }
+    defining = [name for name in changed if not _matches(name, SAID) and _matches(name, sections)]
+    if defining:
+        lines = [shown[name] for name in defining[:_SHOWN]]
+        if len(defining) > _SHOWN:
+            lines.append(f"and {len(defining) - _SHOWN} more")
+        reason = f"{run_dir} belongs to another job of this name:\n      " + "\n      ".join(lines)
+        raise JobError([Problem("name", reason, _remedy(job, run_dir))])
+    return [f"changed since the run began: {shown[name]}" for name in changed if _matches(name, SAID)]
+
+
+def check_sources(stored: Identity, fingerprints: Mapping[str, str], job: Job, run_dir: Path) -> None:
+    """Compare local files with what the run began with.
+
+    Raises:
+        JobError: something else is there now.
+    """
+    other = sorted(
+        path for path, value in fingerprints.items() if stored.fingerprints.get(path, value) != value
+    )
+    if other:
+        reason = f"{run_dir} began with other content in {', '.join(other)}"
+        raise JobError([Problem("name", reason, f"put it back, or {_remedy(job, run_dir)}")])
+
+
+def changed_versions(stored: Identity, now: Mapping[str, str]) -> str | None:
+    """One line on packages that are not those of the first attempt; None if all are."""
+    then = stored.versions
+    names = [name for name in sorted(then.keys() | now.keys()) if then.get(name) != now.get(name)]
+    if not names:
+        return None
+    changes = ", ".join(f"{name} {then.get(name, 'none')} -> {now.get(name, 'none')}" for name in names)
+    return f"other versions than when the run began ({changes}); the bits of the result may differ"
+
+
+class _Absent:
+    """A key that a job does not have, which is not the same as null."""
+
+
+ABSENT = _Absent()
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings and lists as dotted keys, `datasets.train[0].split`."""
+    if isinstance(tree, dict) and tree:
+        return {
+            name: value
+            for key, child in tree.items()
+            for name, value in flat(child, f"{prefix}.{key}" if prefix else str(key)).items()
+        }
+    if isinstance(tree, list) and tree:
+        return {
+            name: value
+            for index, child in enumerate(tree)
+            for name, value in flat(child, f"{prefix}[{index}]").items()
+        }
+    return {prefix: tree}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _say(value: Any) -> str:
+    return "absent" if isinstance(value, _Absent) else json.dumps(value, ensure_ascii=False)
+
+
+def _remedy(job: Job, run_dir: Path) -> str:
+    return f"give this job another name than {job.name!r}, or remove {run_dir} and all that it trained"

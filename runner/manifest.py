@@ -1,0 +1,239 @@
+"""The job a person writes, as frozen pydantic models: every key, its type, unit, default and reason.
+
+A `Job` is built by `runner.settings.resolve` from files, environment and command line, and crosses into the
+training processes as `Job.model_validate(job.model_dump(mode="json"))`. The models check types, ranges and
+unknown keys, nothing else: upstream's keys are judged by the JSON Schema that is generated from these models
+and the pinned libraries (`runner.check`), combinations of keys by `runner.matrix`. Nothing here reads a file,
+the environment or the machine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+Format = Literal["vqa", "caption", "messages", "prompt_completion"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+ROLES: dict[str, tuple[str, ...]] = {
+    "vqa": ("image", "images", "question", "answer", "group"),
+    "caption": ("image", "images", "caption"),
+    "messages": ("image", "images", "messages"),
+    "prompt_completion": ("image", "images", "prompt", "completion"),
+}
+"""What a format reads from a row. A role that `columns` does not name is the column of its own name; the
+image may be called `image` or `images`; vqa's `group` is optional (ChartQA's human or augmented)."""
+
+NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+"""A DNS-1123 label, because the name becomes the name of cluster objects."""
+
+SPLIT_PATTERN = r"^\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?(\s*\+\s*\w+.*)?$"
+"""`train`, `train[:10%]`, `train[100:200]+validation`: the grammar of `datasets.ReadInstruction`."""
+
+DURATION_PATTERN = r"^[0-9]+(\.[0-9]+)?(s|m|h)$"
+SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Strict (no "8" for 8), closed (no unknown key) and frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+
+
+class Model(Section):
+    """The base model and how it is loaded."""
+
+    name_or_path: Text = Field(description="Hub id, local folder, or demo:<name>. Required.")
+    revision: Text = Field(default="main", description="Branch, tag or commit of the hub repository.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16",
+        description="Type of the weights that are not quantized, and of the computation. bfloat16 because "
+        "float16 overflows in most vision-language models and float32 doubles the memory.",
+    )
+    attn_implementation: Text = Field(
+        default="sdpa",
+        description="As in transformers: sdpa, eager, flash_attention_2, kernels-community/... "
+        "sdpa because it is fast and needs nothing installed.",
+    )
+    freeze: list[Literal["vision_tower", "projector"]] = Field(
+        default=["vision_tower", "projector"],
+        description="Parts that get no LoRA, no quantization and no backward pass. Both by default, because "
+        "language is what small data can teach; [] trains LoRA everywhere it matches.",
+    )
+    processor: dict[str, Any] = Field(
+        default={},
+        description="Keyword arguments of AutoProcessor.from_pretrained, as {size: {longest_edge: 1152}}.",
+    )
+    image_backend: Literal["pil", "torchvision"] = Field(
+        default="pil",
+        description="Who resizes images. The two differ in the last bits, so it is part of the run's "
+        "identity; pil because it needs nothing installed.",
+    )
+
+
+class Source(Section):
+    """One dataset and how its rows are read."""
+
+    path: Text = Field(
+        description="Hub id, local folder, a .parquet, .jsonl, .json or .csv file, or demo:<name>. Required."
+    )
+    name: Text | None = Field(default=None, description="Configuration of a hub dataset.")
+    revision: Text = Field(default="main", description="Branch, tag or commit of a hub dataset.")
+    data_files: Text | list[Text] | None = Field(
+        default=None, description="Files inside `path`, with wildcards, as in datasets.load_dataset."
+    )
+    split: str = Field(
+        default="train",
+        pattern=SPLIT_PATTERN,
+        description="Split, with slices: train, train[:10%], val[100:200].",
+    )
+    format: Format = Field(description=f"What a row means: {', '.join(FORMATS)}. Required.")
+    columns: dict[str, Text] = Field(
+        default={},
+        description="Role to column, as {question: query}. A role that is not named is the column of its own "
+        "name. Roles: " + "; ".join(f"{name}: {', '.join(roles)}" for name, roles in ROLES.items()) + ".",
+    )
+    system_prompt: Text | None = Field(default=None, description="System message put before every row.")
+    prompt: Text | None = Field(default=None, description="The instruction of format caption.")
+    max_samples: Count | None = Field(default=None, description="At most this many rows, drawn by seed.")
+    image_folder: Text | None = Field(
+        default=None, description="Base of relative image paths. Default: the folder of the data file."
+    )
+
+
+class Datasets(Section):
+    """What is trained and evaluated on."""
+
+    train: list[Source] = Field(min_length=1, description="Training sets; several are mixed. Required.")
+    eval: list[Source] = Field(default=[], description="Held-out sets for evaluation.")
+    max_length: Count | None = Field(
+        default=None,
+        description="Most tokens a row may have, image tokens included. Null: as the model's config allows.",
+    )
+    on_overflow: Literal["error", "drop", "resize"] = Field(
+        default="error",
+        description="What happens to a longer row. Never truncated: that would cut image tokens.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        default="error",
+        description="What happens to a row without an image, with a corrupt one or no answer.",
+    )
+    num_proc: Count | None = Field(default=None, description="Processes that prepare rows. Null: one.")
+
+
+class Training(BaseModel):
+    """trl.SFTConfig's keys that are not ours, and two of our own. `runner.check` judges upstream's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, hide_input_in_errors=True)
+
+    global_batch_size: Count = Field(
+        default=8,
+        description="Samples per optimizer step over all devices. Accumulation is derived from it, so that "
+        "the run means the same on any machine.",
+    )
+    per_device_train_batch_size: Count = Field(
+        default=1, description="Samples per forward pass on one device; divides global_batch_size."
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The keys that pass through to trl.SFTConfig."""
+        return dict(self.model_extra or {})
+
+
+class Evaluation(Section):
+    """Evaluation by generation, before and after training."""
+
+    metric: Literal["relaxed_accuracy", "exact_match"] = Field(
+        default="relaxed_accuracy",
+        description="relaxed_accuracy: ChartQA's, numbers within 5 %, text equal; exact_match: text equal.",
+    )
+    datasets: Literal["eval"] = Field(
+        default="eval", description="Which part of `datasets`; eval is the only one."
+    )
+    max_samples: Count | None = Field(
+        default=None, description="At most this many rows, drawn by seed. Null: all."
+    )
+    max_new_tokens: Count = Field(default=32, description="Longest answer, in tokens.")
+    baseline: bool = Field(default=True, description="Evaluate the base model before training, too.")
+    batch_size: Count = Field(default=8, description="Rows generated at once.")
+    steps: Count | None = Field(
+        default=None,
+        description="Also evaluate every this many optimizer steps. Null: only before and after.",
+    )
+
+
+class Launch(Section):
+    """Where the processes run. More than one process belongs to a later version."""
+
+    strategy: Literal["auto", "single"] = Field(default="auto", description="auto is single for now.")
+    nodes: Literal[1] = Field(default=1, description="Machines.")
+    gpus_per_node: Literal["auto", 1] = Field(
+        default="auto", description="auto: one GPU when there is one, else the CPU."
+    )
+
+
+class Checkpoints(Section):
+    """How much work a kill may cost."""
+
+    save_steps: Count | None = Field(
+        default=None, description="Save every this many optimizer steps. Null: as often as max_loss asks."
+    )
+    max_loss: str = Field(
+        default="2m", pattern=DURATION_PATTERN, description="Most work that may be lost, as 90s, 2m or 1h."
+    )
+    keep_last: int = Field(
+        default=3, ge=2, description="Checkpoints kept. At least 2, because the newest may turn out corrupt."
+    )
+
+    @field_validator("max_loss")
+    @classmethod
+    def _above_zero(cls, value: str) -> str:
+        if float(value[:-1]) == 0:
+            raise ValueError("a duration above zero")
+        return value
+
+    @property
+    def max_loss_seconds(self) -> float:
+        """`max_loss` in seconds."""
+        return float(self.max_loss[:-1]) * SECONDS[self.max_loss[-1]]
+
+
+class Job(Section):
+    """A fine-tuning run."""
+
+    name: str = Field(
+        pattern=NAME_PATTERN,
+        max_length=45,
+        description="Names the run and its folder: lower case letters, digits, dashes, at most 45. Required.",
+    )
+    method: Literal["sft"] = Field(default="sft", description="sft: supervised fine-tuning.")
+    seed: int = Field(
+        default=42,
+        ge=0,
+        lt=2**32,
+        description="Seed of everything: order, dropout, initial adapter, subsets.",
+    )
+    model: Model
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="transformers.BitsAndBytesConfig. Null: the base model is not quantized."
+    )
+    lora: dict[str, Any] | None = Field(default=None, description="peft.LoraConfig. Null: full fine-tuning.")
+    datasets: Datasets
+    training: Training = Training()
+    evaluation: Evaluation | None = Field(default=None, description="Null: no evaluation by generation.")
+    launch: Launch = Launch()
+    checkpoints: Checkpoints = Checkpoints()
+
+    @field_validator("quantization")
+    @classmethod
+    def _float_threshold(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        # BitsAndBytesConfig refuses 6 where it wants 6.0; in YAML the two are one number.
+        threshold = (value or {}).get("llm_int8_threshold")
+        return (
+            {**(value or {}), "llm_int8_threshold": float(threshold)} if isinstance(threshold, int) else value
+        )

@@ -1,0 +1,111 @@
+"""`runs/<name>/`: where everything of a run lies, and the lock that one supervisor holds on it.
+
+job.yaml        the job as it runs, with the source of every value
+run.json        what defines the run (`runner.identity`)
+plan.json       of the newest attempt
+events.jsonl    what happened (`runner.events`)
+attempts/<n>/   one trainer each (`runner.attempt`)
+outbox/         checkpoints that are published and not yet committed
+checkpoints/    the committed ones (`runner.checkpoint.local`)
+evaluation/     metrics, and every prediction
+steps.jsonl     every optimizer step, when training is done
+adapter/        what was trained
+result.json     how it ended (`runner.result`)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runner.durable import disk
+from runner.errors import NotOwner
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run."""
+
+    path: Path
+    """Absolute."""
+
+    @property
+    def job(self) -> Path:
+        return self.path / "job.yaml"
+
+    @property
+    def identity(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def events(self) -> Path:
+        return self.path / "events.jsonl"
+
+    @property
+    def attempts(self) -> Path:
+        return self.path / "attempts"
+
+    @property
+    def outbox(self) -> Path:
+        return self.path / "outbox"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create the folder and own it until the block ends, or this process does.
+
+        Raises:
+            NotOwner: another process has it.
+        """
+        file = self.path / ".lock"
+        with disk("create the run's folder", self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = file.open("a+", encoding="utf-8")
+        with handle:
+            with disk("take the run's lock", file):
+                try:
+                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    handle.seek(0)
+                    owner = handle.read().strip() or "another process"
+                    raise NotOwner(
+                        f"run {self.path.name}: {owner} works in {self.path}; remedy: wait for it, or stop "
+                        "it (it saves first) and give the same command again"
+                    ) from error
+                # For the message above only; nothing is decided by it.
+                handle.truncate(0)
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+                handle.flush()
+            yield
+
+    def sweep(self) -> None:
+        """Delete what killed attempts had half written. Only for the owner, with no trainer alive."""
+        with disk("sweep the attempts", self.attempts):
+            for pattern in ("*/saving-*", "*/export"):
+                for folder in self.attempts.glob(pattern):
+                    shutil.rmtree(folder)

@@ -1,0 +1,51 @@
+"""`python -m runner.train PLAN`: one attempt of one run, from the plan to the outcome.
+
+    load config and processor -> prepare and audit the data -> load the model -> evaluate before
+    -> train, from the checkpoint that the plan names -> export -> evaluate after -> outcome.json
+
+Every end but a crash leaves `outcome.json` in the attempt's folder; the supervisor decides from it.
+This is one of the two places with a broad `except`: what was not foreseen is recorded and raised again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+# cuBLAS is deterministic only with this set before the first handle is made (NVIDIA cuBLAS documentation, 2.1.4).
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from runner.errors import Preempted, RunnerError
+from runner.plan import Plan
+from runner.durable import write_json
+from runner.train.channel import Channel
+
+
+def main(plan_file: Path) -> int:
+    """Run the plan and write its outcome. Returns the exit code that the outcome names."""
+    plan = Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
+    channel = Channel.from_environment(plan.attempt_dir)
+    outcome: dict[str, Any] = {"format": 1, "error": None}
+    try:
+        from runner.train.run import evaluate_only, train  # torch and transformers load here, inside the guard
+
+        result = train(plan, channel) if plan.purpose == "train" else evaluate_only(plan, channel)
+        outcome |= {"outcome": "done", "exit_code": 0, **result}
+    except Preempted as error:
+        outcome |= {"outcome": error.outcome, "exit_code": error.exit_code, "error": str(error)}
+    except RunnerError as error:
+        traceback.print_exc()
+        outcome |= {"outcome": error.outcome, "exit_code": error.exit_code, "error": str(error)}
+    except Exception as error:
+        outcome |= {"outcome": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
+        write_json(plan.attempt_dir / "outcome.json", outcome)
+        raise
+    write_json(plan.attempt_dir / "outcome.json", outcome)
+    return int(outcome["exit_code"])
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

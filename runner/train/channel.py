@@ -1,0 +1,53 @@
+"""The trainer's line to its supervisor: events out, one request in, and a lifeline.
+
+Events are JSON lines on the pipe `RUNNER_EVENTS_FD`; without one they are dropped, so that a plan can be
+run by hand. The request is the file `request.json` in the attempt's folder. The lifeline is a pipe that
+the supervisor holds open: when it closes, this process kills itself, so that no rank outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+
+class Channel:
+    """Events and requests of one attempt."""
+
+    def __init__(self, attempt_dir: Path, events_fd: int | None) -> None:
+        self._request = attempt_dir / "request.json"
+        self._events = None if events_fd is None else os.fdopen(events_fd, "w", buffering=1, encoding="utf-8")
+
+    @classmethod
+    def from_environment(cls, attempt_dir: Path) -> Channel:
+        """The channel that the supervisor prepared; also starts watching the lifeline."""
+        lifeline = os.environ.get("RUNNER_LIFELINE_FD")
+        if lifeline is not None:
+            threading.Thread(target=_die_with, args=(int(lifeline),), daemon=True).start()
+        events = os.environ.get("RUNNER_EVENTS_FD")
+        return cls(attempt_dir, None if events is None else int(events))
+
+    def send(self, event: str, **fields: Any) -> None:
+        """Tell the supervisor. A broken pipe is not an error: without its supervisor this process is ending."""
+        if self._events is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._events.write(json.dumps({"event": event, **fields}) + "\n")
+
+    def stop_requested(self) -> bool:
+        """Whether the supervisor asked for save and stop. One `stat`; cheap enough for every step."""
+        return self._request.exists()
+
+
+def _die_with(lifeline: int) -> None:
+    """Block until the other end closes, then kill this process and nothing is left to clean up."""
+    while True:
+        with contextlib.suppress(InterruptedError):
+            if not os.read(lifeline, 1):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+

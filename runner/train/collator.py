@@ -1,0 +1,189 @@
+"""Rows -> a batch: images decoded under the policy, text and labels exactly as TRL's own collator makes them.
+
+    train      Collator(...)(rows)          padded right, labels on the answers only
+    generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
+
+A row has `prompt` and `completion` (loss on the completion) or `messages` (loss on every assistant turn,
+through the `{% generation %}` markers of a training template). Nothing is ever truncated. It holds a
+processor and plain values, so it can be sent to the loader's workers, where the decoding happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+from transformers import ProcessorMixin
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from runner.errors import DataError
+from runner.train.formats import without_nulls
+from runner.train.images import BadImage, open_image
+
+Form = Literal["prompt_completion", "messages"]
+Row = Mapping[str, Any]
+Batch = dict[str, Any]
+
+_MASKS = ("pixel_attention_mask", "pixel_mask")
+"""0/1 masks over pixels, by the names that transformers' processors give them."""
+
+
+def training_template(processor: ProcessorMixin) -> str | None:
+    """The chat template that marks assistant turns, or None if the processor's own does.
+
+    Raises:
+        DataError: the template has no markers and TRL knows no marked edition of it.
+    """
+    if has_generation_markers(processor.chat_template):
+        return None
+    try:
+        return get_training_chat_template(processor)
+    except ValueError as error:
+        raise DataError(
+            "datasets: a row has several assistant turns, which needs a chat template that marks them, "
+            "and this model's has no {% generation %} markers, nor does TRL know a marked edition of it. "
+            "Remedy: put {% generation %} and {% endgeneration %} around what the assistant says (up to and "
+            "including its end-of-turn token) in the model folder's chat_template.jinja, or train on rows "
+            "with one answer"
+        ) from error
+
+
+class Collator:
+    """See the module. Deterministic: the same rows give the same bits."""
+
+    def __init__(self, processor: ProcessorMixin, form: Form, dtype: torch.dtype) -> None:
+        """
+        Args:
+            form: of the training rows; `messages` demands a template with markers at once, not at the first
+                batch.
+            dtype: of the model's weights; pixel values are cast to it.
+
+        Raises:
+            DataError: see `training_template`.
+        """
+        self.processor = processor
+        self.form: Form = form
+        self.dtype = dtype
+        self._completions = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+        self._turns = self._turn_collator() if form == "messages" else None
+
+    def __call__(self, rows: Sequence[Row]) -> Batch:
+        """A training batch of B rows, T tokens.
+
+        Returns:
+            What TRL's `DataCollatorForVisionLanguageModeling` returns (`input_ids`, `attention_mask`,
+            `labels`: int64 (B, T); -100 where there is no loss; `pixel_values` and whatever else the
+            processor makes), with pixel values in the model's dtype, pixel masks as bool, and `row_index`,
+            `image_count`: int64 (B,). Conversations of which the first has no image come in another order
+            than `rows`.
+
+        Raises:
+            DataError: an image that was readable before training is not any more.
+        """
+        if "messages" in rows[0]:
+            rows = _images_first(rows)
+            self._turns = self._turns or self._turn_collator()
+            examples = [{"images": images(row), "messages": without_nulls(row["messages"])} for row in rows]
+            batch = self._turns(examples)
+        else:
+            examples = [
+                {
+                    "images": images(row),
+                    "prompt": without_nulls(row["prompt"]),
+                    "completion": without_nulls(row["completion"]),
+                }
+                for row in rows
+            ]
+            batch = self._completions(examples)
+        return self._finished(batch, rows, [len(example["images"]) for example in examples])
+
+    def prompts(self, rows: Sequence[Row]) -> Batch:
+        """A batch to generate from: the training prompts up to the answer, padded left, without labels."""
+        shown = [images(row) for row in rows]
+        texts = [
+            apply_chat_template(
+                {"prompt": prepare_multimodal_messages(without_nulls(prompt_of(row)), images=pictures)},
+                self.processor,
+            )["prompt"]
+            for row, pictures in zip(rows, shown, strict=True)
+        ]
+        batch = self.processor(
+            images=shown if any(shown) else None,
+            text=texts,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,  # the template has written them
+        )
+        return self._finished(batch, rows, [len(pictures) for pictures in shown])
+
+    @property
+    def template(self) -> str | None:
+        """The chat template that marks assistant turns; None is the processor's own.
+
+        Raises:
+            DataError: see `training_template`.
+        """
+        self._turns = self._turns or self._turn_collator()
+        template: str | None = self._turns.chat_template
+        return template
+
+    def texts(self, row: Row) -> list[str]:
+        """What a row is tokenized from, each image still one placeholder: prompt and completion, or all."""
+        if "messages" in row:
+            text: str = self.processor.apply_chat_template(
+                without_nulls(row["messages"]), chat_template=self.template, tokenize=False
+            )
+            return [text]
+        example = {name: without_nulls(row[name]) for name in ("prompt", "completion")}
+        rendered = apply_chat_template(example, self.processor)
+        return [rendered["prompt"], rendered["completion"]]
+
+    def _turn_collator(self) -> DataCollatorForVisionLanguageModeling:
+        return DataCollatorForVisionLanguageModeling(
+            self.processor, assistant_only_loss=True, chat_template=training_template(self.processor)
+        )
+
+    def _finished(self, batch: Mapping[str, Any], rows: Sequence[Row], image_counts: Sequence[int]) -> Batch:
+        finished = dict(batch)
+        for name, value in finished.items():
+            if name in _MASKS:
+                finished[name] = value.bool()  # int64 would be eight times the memory
+            elif name.startswith("pixel_values") and isinstance(value, torch.Tensor):
+                finished[name] = value.to(self.dtype)
+        finished["row_index"] = torch.tensor([row["index"] for row in rows], dtype=torch.int64)
+        finished["image_count"] = torch.tensor(image_counts, dtype=torch.int64)
+        return finished
+
+
+def _images_first(rows: Sequence[Row]) -> Sequence[Row]:
+    """The rows in an order that processors take: transformers (5.23) looks at the first one alone to see
+    whether
+    placeholders were replaced, and then cannot make assistant masks for the others."""
+    if rows[0]["image_count"]:
+        return rows
+    return sorted(rows, key=lambda row: row["image_count"] == 0)
+
+
+def prompt_of(row: Row) -> Any:
+    """The messages before the answer that evaluation asks for: the last one."""
+    return row["messages"][:-1] if "messages" in row else row["prompt"]
+
+
+def images(row: Row) -> list[Image]:
+    """The row's images, RGB, upright, shrunk if it had to be.
+
+    Raises:
+        DataError: one cannot be read.
+    """
+    try:
+        return [open_image(stored, row["scale"])[0] for stored in row["images"] if stored is not None]
+    except BadImage as error:
+        raise DataError(
+            f"{row['row']}: {error}. It was readable when the rows were checked; remedy: leave the data "
+            "alone while a run uses it, and start the same command again"
+        ) from error

@@ -1,0 +1,324 @@
+"""The job's datasets -> `Rows`: every row that will be trained or evaluated on, checked before step 1.
+
+    open      each source by `datasets`                                  runner.train.sources
+    draw      max_samples of each source, then of all, by seed, in the order of the dataset
+    convert   every row to messages                                      runner.train.formats
+    inspect   every drawn image: full decode under the image policy      runner.train.images
+    count     the tokens of every row                                    runner.train.tokens
+    judge     by the job's on_bad_row and on_overflow                    runner.train.checks
+    join      the columns of `Rows.dataset`, over the image bytes as `datasets` stored them
+
+Conversions and inspections are kept in the cache of `datasets`, so a resumed run does not repeat them, but
+for images that lie in files of their own: those may have changed. Nothing here decodes for training; the
+collator does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_datasets
+from transformers import ProcessorMixin
+
+from runner.manifest import Datasets, Source
+from runner.train import formats, images
+from runner.train.checks import Candidate, judge, notes
+from runner.train.collator import Collator, Form, training_template
+from runner.train.sources import Opened, image_counts, image_lists, images_dataset, open_source
+
+_TEXT = Value("string")
+_MESSAGES = List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})})
+_SPOKEN = {"question": _TEXT, "answers": List(_TEXT), "group": _TEXT}
+_CONVERTED = Features(
+    {
+        "messages": _MESSAGES,
+        **_SPOKEN,
+        "turns": Value("int32"),
+        "history": Value("bool"),
+        "digest": _TEXT,
+        "problem": _TEXT,
+    }
+)
+_INSPECTED = Features(
+    {
+        "problem": _TEXT,
+        "notes": List(_TEXT),
+        "heights": List(Value("int32")),
+        "widths": List(Value("int32")),
+        "digest": _TEXT,
+    }
+)
+_EXTRAS = Features(
+    {
+        "row": _TEXT,
+        "index": Value("int64"),
+        "image_count": Value("int32"),
+        "tokens": Value("int32"),
+        "scale": Value("float64"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are ready to be collated."""
+
+    dataset: Dataset
+    """One row each, in the order of the job's sources. Columns:
+
+        images        undecoded {bytes, path}, any number of them
+        prompt, completion | messages
+                      lists of {role, content: [{type, text}]}; which of the two is `form`
+        question      what the last user message asks
+        answers       accepted in evaluation; the first one is trained on
+        group         part of the evaluation (ChartQA: human, augmented), or null
+        row           the row's name for people: `path[split] row 123`, counted from 0 within the split
+        index         its position here, 0..n-1
+        image_count   how many images it has
+        tokens        its length, image tokens included, when it is collated alone
+        scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
+    """
+    form: Form
+    skipped: tuple[tuple[str, str], ...]
+    """Name and reason of every row that was left out."""
+    notes: tuple[str, ...]
+    """What was changed to make images RGB, or rows short enough, with the names of the rows."""
+    max_tokens: int
+    """Tokens of the longest row."""
+    fingerprint: str
+    """SHA-256 over the content of all rows in order, images included; it knows nothing of paths or caches."""
+
+
+def load(
+    sources: Sequence[Source],
+    locations: Sequence[str],
+    policy: Datasets,
+    seed: int,
+    processor: ProcessorMixin,
+    limit: int,
+    name: Literal["train", "eval"],
+    max_samples: int | None = None,
+) -> Rows:
+    """Load, check and join sources.
+
+    Args:
+        locations: where each source lies on this machine: a folder or a file.
+        limit: tokens that a row may have.
+        name: `train` or `eval`, as under `datasets` in the job.
+        max_samples: at most this many rows over all sources, drawn by seed after each source's own
+            `max_samples`.
+
+    Raises:
+        DataError: something cannot be read; or rows are bad or too long, all of them in one message, where
+            the job wants that to be an error.
+    """
+    opened = [
+        open_source(source, location, f"datasets.{name}[{number}]")
+        for number, (source, location) in enumerate(zip(sources, locations, strict=True))
+    ]
+    drawn = _drawn([len(one.table) for one in opened], sources, max_samples, f"{seed}/{name}")
+    pictures = [_pictures(one) for one in opened]
+    counts = [image_counts(one.data.column("images")) for one in pictures]
+    controls = _controls(processor)
+    texts = [
+        _converted(one, source, count, controls, policy.num_proc)
+        for one, source, count in zip(opened, sources, counts, strict=True)
+    ]
+    found = [
+        _inspected(one, picture, rows, policy.num_proc)
+        for one, picture, rows in zip(opened, pictures, drawn, strict=True)
+    ]
+    form = _form(texts, drawn)
+    if form == "messages":
+        training_template(processor)
+    candidates = _candidates(opened, texts, found, drawn, form)
+    shaped = [_shaped(one, form) for one in texts]
+    joined = concatenate_datasets(
+        [concatenate_datasets(pair, axis=1) for pair in zip(pictures, shaped, strict=True)]
+    )
+    # Never sent to another process or to a model, so its dtype means nothing.
+    collator = Collator(processor, "prompt_completion", torch.float32)
+    verdict = judge(candidates, joined, collator, policy, limit, f"datasets.{name}")
+    return Rows(
+        dataset=_dataset(joined, verdict.kept, [number for count in counts for number in count]),
+        form=form,
+        skipped=tuple((row.name, row.problem or "") for row in verdict.left_out),
+        notes=notes(verdict.kept, f"datasets.{name}"),
+        max_tokens=max(row.tokens for row in verdict.kept),
+        fingerprint=_fingerprint(verdict.kept, form),
+    )
+
+
+def _drawn(
+    lengths: Sequence[int], sources: Sequence[Source], max_samples: int | None, seed: str
+) -> list[list[int]]:
+    """The rows of each source that take part, ascending: its own max_samples first, then the overall one."""
+    drawn = []
+    for number, (length, source) in enumerate(zip(lengths, sources, strict=True)):
+        rng = random.Random(f"{seed}/{number}")
+        few = length if source.max_samples is None else min(length, source.max_samples)
+        drawn.append(sorted(rng.sample(range(length), few)))
+    pairs = [(number, row) for number, rows in enumerate(drawn) for row in rows]
+    if max_samples is None or max_samples >= len(pairs):
+        return drawn
+    kept = random.Random(seed).sample(pairs, max_samples)
+    return [sorted(row for number, row in kept if number == wanted) for wanted in range(len(lengths))]
+
+
+def _pictures(opened: Opened) -> Dataset:
+    column = opened.table.data.column(opened.image)
+    what = f"{opened.key}.columns: column {opened.image!r} of {opened.label}"
+    lists = image_lists(column, opened.folder, what)
+    return images_dataset(lists, f"{opened.key}-images")
+
+
+def _controls(processor: ProcessorMixin) -> str:
+    """Matches any token that a text may not spell: the tokenizer's special ones and the image placeholder."""
+    tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
+    return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
+
+
+def _converted(
+    opened: Opened, source: Source, counts: list[int], controls: str, num_proc: int | None
+) -> Dataset:
+    """Every row of a source as `formats.Converted`."""
+    reading = formats.Reading(
+        format=source.format,
+        columns=opened.columns,
+        system_prompt=source.system_prompt,
+        prompt=source.prompt,
+        labels=opened.classes(),
+        controls=controls,
+    )
+    table = opened.table.select_columns(sorted(set(opened.columns.values())))
+    return table.map(
+        _convert_row,
+        with_indices=True,
+        fn_kwargs={"counts": counts, "reading": reading, "version": formats.VERSION},
+        remove_columns=table.column_names,
+        features=_CONVERTED,
+        num_proc=num_proc,
+        desc=f"{opened.label}: text",
+    )
+
+
+def _convert_row(
+    row: Mapping[str, Any], number: int, *, counts: list[int], reading: formats.Reading, version: int
+) -> formats.Converted:
+    return formats.convert(row, counts[number], reading)
+
+
+def _inspected(opened: Opened, pictures: Dataset, rows: list[int], num_proc: int | None) -> Dataset:
+    """`images.Inspection` of the drawn rows. Reads the source's own table, which other processes can map."""
+    in_files = any(
+        pc.any(chunk.values.field("bytes").is_null()).as_py()
+        for chunk in pictures.data.column("images").chunks
+    )
+    table = opened.table.select_columns([opened.image]).select(rows).with_format("arrow")
+    return table.map(
+        _inspect_batch,
+        batched=True,
+        batch_size=32,
+        fn_kwargs={"column": opened.image, "folder": opened.folder, "version": images.POLICY},
+        remove_columns=[opened.image],
+        features=_INSPECTED,
+        num_proc=num_proc,
+        load_from_cache_file=not in_files,
+        desc=f"{opened.label}: images",
+    ).with_format(None)
+
+
+def _inspect_batch(batch: pa.Table, *, column: str, folder: str, version: int) -> pa.Table:
+    lists = image_lists(batch.column(column), folder, column)
+    found = [images.inspect(stored) for stored in lists.to_pylist()]
+    return pa.Table.from_pylist([dict(one) for one in found], schema=_INSPECTED.arrow_schema)
+
+
+def _form(texts: Sequence[Dataset], drawn: Sequence[list[int]]) -> Form:
+    """`messages` as soon as one drawn row has several assistant turns to learn."""
+    for text, rows in zip(texts, drawn, strict=True):
+        turns = text.data.column("turns").to_pylist()
+        if any(turns[row] > 1 for row in rows):
+            return "messages"
+    return "prompt_completion"
+
+
+def _candidates(
+    opened: Sequence[Opened],
+    texts: Sequence[Dataset],
+    found: Sequence[Dataset],
+    drawn: Sequence[list[int]],
+    form: Form,
+) -> list[Candidate]:
+    candidates = []
+    start = 0
+    for one, text, inspected, rows in zip(opened, texts, found, drawn, strict=True):
+        said = text.data.select(["digest", "problem", "history"]).to_pydict()
+        for row, seen in zip(rows, inspected, strict=True):
+            problem = seen["problem"] or said["problem"][row]
+            if problem is None and form == "messages" and said["history"][row]:
+                problem = (
+                    "its prompt holds answers that shall carry no loss, and other rows have several turns "
+                    "that shall; train on the two in separate runs"
+                )
+            candidates.append(
+                Candidate(
+                    position=start + row,
+                    name=one.row(row),
+                    problem=problem,
+                    notes=tuple(seen["notes"]),
+                    sizes=tuple(zip(seen["heights"], seen["widths"], strict=True)),
+                    digest=f"{said['digest'][row]} {seen['digest']}",
+                )
+            )
+        start += len(text)
+    return candidates
+
+
+def _shaped(text: Dataset, form: Form) -> Dataset:
+    """The columns that training and evaluation read."""
+    spoken = [*_SPOKEN]
+    if form == "messages":
+        return text.select_columns(["messages", *spoken])
+    features = Features({"prompt": _MESSAGES, "completion": _MESSAGES, **_SPOKEN})
+    return text.select_columns(["messages", *spoken]).map(
+        _split, remove_columns=["messages"], features=features
+    )
+
+
+def _split(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
+
+
+def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) -> Dataset:
+    """The kept rows with all columns. Selected by position, so that image bytes stay where they are."""
+    extras: dict[str, list[Any]] = {
+        "row": [None] * len(joined),
+        "index": [-1] * len(joined),
+        "image_count": list(counts),
+        "tokens": [0] * len(joined),
+        "scale": [1.0] * len(joined),
+    }
+    for index, row in enumerate(kept):
+        extras["row"][row.position] = row.name
+        extras["index"][row.position] = index
+        extras["tokens"][row.position] = row.tokens
+        extras["scale"][row.position] = row.scale
+    table = pa.Table.from_pydict(extras, schema=_EXTRAS.arrow_schema)
+    beside = Dataset(table, info=DatasetInfo(features=_EXTRAS), fingerprint="extras")
+    return concatenate_datasets([joined, beside], axis=1).select([row.position for row in kept])
+
+
+def _fingerprint(kept: Sequence[Candidate], form: Form) -> str:
+    digest = hashlib.sha256(f"{formats.VERSION} {images.POLICY} {form}".encode())
+    for row in kept:
+        digest.update(f"\n{row.digest} {row.scale!r}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,166 @@
+"""Evaluation by generation: the training prompts, greedy answers, a verdict for every one.
+
+`evaluate` leaves no trace: random generators, training modes, caches and weights are as they were. It runs in
+the precision of the autocast context that the caller is in, which is the one of training. What right means is
+`runner.train.metrics`'; where results are written is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import GenerationConfig, ProcessorMixin
+
+from runner.manifest import Evaluation as Spec
+from runner.train import rng
+from runner.train.collator import Batch, Collator, Row
+from runner.train.data import Rows
+from runner.train.metrics import Summary, exact_match, relaxed_accuracy, summarize
+
+LOADERS_BESIDE_A_GPU = 4
+"""Processes that decode images while a GPU generates. On a CPU they would take the cores that generate."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found."""
+
+    metrics: Summary
+    """As `metrics.summarize` returns it."""
+    records: tuple[dict[str, Any], ...]
+    """One a row, in order, ready for JSON: row, question, answers, prediction, relaxed_accuracy and
+    exact_match (bool), group (str or null)."""
+
+
+def evaluate(
+    model: torch.nn.Module,
+    processor: ProcessorMixin,
+    rows: Rows,
+    spec: Spec,
+    *,
+    on_progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+) -> Evaluation | None:
+    """Generate an answer for every row and judge it.
+
+    Args:
+        model: a transformers model, or a PEFT model over one, on its device.
+        spec: `batch_size` rows at once, `max_new_tokens` each.
+        on_progress: told rows done and rows in all, after every batch.
+        should_stop: asked before every batch.
+
+    Returns:
+        Metrics and records; None if `should_stop` said so.
+    """
+    total = len(rows.dataset)
+    records: list[dict[str, Any]] = []
+    collator = Collator(processor, "prompt_completion", model.dtype)
+    with rng.preserved(), evaluation_mode(model), torch.no_grad():
+        config = greedy(model, processor, spec.max_new_tokens)
+        for examples, batch in _loader(rows, collator, spec.batch_size, model.device):
+            if should_stop():
+                return None
+            predictions = _generate(model, processor, batch, config)
+            records += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
+            on_progress(len(records), total)
+    return Evaluation(summarize(records), tuple(records))
+
+
+def greedy(model: torch.nn.Module, processor: ProcessorMixin, max_new_tokens: int) -> GenerationConfig:
+    """One answer, the likeliest token at every place, whatever the model's own configuration says.
+
+    Every switch that would bend greedy decoding is set to its neutral value: transformers fills what is not
+    set from the model's configuration. It ends at the model's end tokens and at the tokenizer's, which is the
+    one that chat templates teach.
+    """
+    given = model.generation_config.eos_token_id
+    ends = {processor.tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])}
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        num_return_sequences=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        min_p=None,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        length_penalty=1.0,
+        min_new_tokens=0,
+        max_new_tokens=max_new_tokens,
+        use_cache=True,
+        eos_token_id=sorted(end for end in ends if end is not None),
+        pad_token_id=processor.tokenizer.pad_token_id,
+    )
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Every module in eval mode inside, and each back in the mode that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+class _Prompts:
+    """Rows -> themselves without images, and the batch; a class, because it is sent to the loader's
+    processes."""
+
+    def __init__(self, collator: Collator) -> None:
+        self._collator = collator
+
+    def __call__(self, rows: list[Row]) -> tuple[list[Row], Batch]:
+        texts: list[Row] = [{name: value for name, value in row.items() if name != "images"} for row in rows]
+        return texts, self._collator.prompts(rows)
+
+
+def _loader(
+    rows: Rows, collator: Collator, batch_size: int, device: torch.device
+) -> DataLoader[tuple[list[Row], Batch]]:
+    workers = 0 if device.type == "cpu" else min(LOADERS_BESIDE_A_GPU, os.cpu_count() or 1)
+    return DataLoader(
+        rows.dataset,
+        batch_size=batch_size,
+        shuffle=False,
+        num_workers=workers,
+        collate_fn=_Prompts(collator),
+        generator=torch.Generator(),  # a loader draws a seed from it, even without shuffling
+    )
+
+
+def _generate(
+    model: torch.nn.Module, processor: ProcessorMixin, batch: Mapping[str, Any], config: GenerationConfig
+) -> list[str]:
+    """The answers to a batch of prompts, without special tokens and the space around."""
+    inputs = {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in ("row_index", "image_count")
+    }
+    output = model.generate(**inputs, generation_config=config)
+    answers = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
+
+
+def _record(row: Row, prediction: str) -> dict[str, Any]:
+    answers = list(row["answers"])
+    return {
+        "row": row["row"],
+        "question": row["question"],
+        "answers": answers,
+        "prediction": prediction,
+        "relaxed_accuracy": relaxed_accuracy(prediction, answers),
+        "exact_match": exact_match(prediction, answers),
+        "group": row["group"],
+    }

@@ -1,0 +1,231 @@
+"""The model of a job: loaded, quantized where it trains, frozen where it does not, with its adapter.
+
+Frozen means frozen: a frozen vision tower or projector holds no quantized module and no adapter, and its
+forward runs without autograd, so that it receives no backward call. Adapters are float32. What is really
+in force is read back from the modules by `describe`, never repeated from the job.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.image_processing_backends import PilBackend
+
+from runner.errors import DataError, JobError, Problem
+from runner.manifest import Job
+from runner.train.architectures import Parts, parts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def device() -> torch.device:
+    """The device of this process: the visible GPU, else the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def load_config(folder: str) -> Any:
+    """The model's configuration.
+
+    Raises:
+        DataError: the folder holds no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise DataError(f"model: cannot read a configuration in {folder}: {error}") from error
+
+
+def load_processor(job: Job, folder: str) -> ProcessorMixin:
+    """The processor, with the job's keyword arguments and image back end.
+
+    Raises:
+        DataError: it cannot be built, or it has no chat template.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, backend=job.model.image_backend, **job.model.processor)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        raise DataError(f"model: cannot build the processor in {folder}: {error}") from error
+    if not isinstance(processor, ProcessorMixin):
+        raise DataError(
+            f"model: {folder} has a {type(processor).__name__} and no processor for images; "
+            "remedy: name a vision-language model"
+        )
+    if image_backend(processor) != job.model.image_backend:
+        raise DataError(
+            f"model.image_backend: {job.model.image_backend} is not what {type(processor.image_processor).__name__} "
+            f"uses here; remedy: install it, or write image_backend: {image_backend(processor)}"
+        )
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels mask padding by position, not by id
+    return processor
+
+
+def image_backend(processor: ProcessorMixin) -> str:
+    """The image back end in force: transformers falls back to the other one with no more than a log line."""
+    return "pil" if isinstance(processor.image_processor, PilBackend) else "torchvision"
+
+
+def load_base(job: Job, folder: str) -> PreTrainedModel:
+    """The base model on its device, quantized outside the frozen parts, tower and projector without autograd.
+
+    Raises:
+        DataError: no such architecture, or the weights do not load.
+        JobError: transformers refuses the quantization.
+    """
+    config = load_config(folder)
+    where = parts(config.model_type)
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=DTYPES[job.model.dtype],
+            attn_implementation=job.model.attn_implementation,
+            quantization_config=_quantization(job, where),
+            device_map={"": device()},
+        )
+    except (OSError, ImportError) as error:
+        raise DataError(f"model: cannot load {job.model.name_or_path} from {folder}: {error}") from error
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In eval mode this path repacks the weight and then runs without autograd: training after an
+            # evaluation would silently lose the input gradient (bitsandbytes 0.50.2, CPUs with AVX512-BF16).
+            module.support_avx512bf16_for_cpu = False
+    if job.lora is None:
+        model.requires_grad_(True)
+    freeze(model, where.of(list(job.model.freeze)))
+    return model
+
+
+def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration; what is frozen, and the head that TRL multiplies raw, stays as it is."""
+    if job.quantization is None:
+        return None
+    options = dict(job.quantization)
+    options.setdefault("llm_int8_skip_modules", [*where.of(list(job.model.freeze)), where.lm_head])
+    if options.get("load_in_4bit"):
+        options.setdefault("bnb_4bit_compute_dtype", job.model.dtype)  # upstream's default is float32
+    try:
+        return BitsAndBytesConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise JobError(
+            [Problem("quantization", f"transformers refuses it: {error}", "see BitsAndBytesConfig's own documentation")]
+        ) from error
+
+
+def freeze(model: PreTrainedModel, paths: list[str]) -> None:
+    """No gradient in the parts at `paths`, and no autograd in their forward.
+
+    Input-require-grads hooks make image embeddings require a gradient, so a tower that is merely not
+    trained would still run backward (2.2 times the step at SmolVLM's proportions).
+    """
+    for path in paths:
+        module = model.get_submodule(path)
+        module.requires_grad_(False)
+        module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
+
+
+def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
+    """A fresh LoRA adapter on what is not frozen.
+
+    Raises:
+        JobError: PEFT refuses the configuration, or it matches nothing that may train.
+    """
+    assert job.lora is not None
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **job.lora}
+    if options.get("target_modules") is None and options.get("target_parameters") is None:
+        options["target_modules"] = "all-linear"  # PEFT knows defaults for a few architectures only
+    frozen = parts(model.config.model_type).of(list(job.model.freeze))
+    options["exclude_modules"] = _exclude(options.get("exclude_modules"), frozen)
+    try:
+        adapted = get_peft_model(model, LoraConfig(**options))
+    except (TypeError, ValueError) as error:
+        raise JobError(
+            [
+                Problem(
+                    "lora",
+                    f"PEFT refuses target_modules {options.get('target_modules')}: {error}",
+                    f"name modules outside the frozen {', '.join(frozen) or 'parts'}, or all-linear",
+                )
+            ]
+        ) from error
+    # The adapter must load wherever the base model is known by its public name, not by this machine's folder.
+    adapted.peft_config["default"].base_model_name_or_path = job.model.name_or_path
+    adapted.peft_config["default"].revision = job.model.revision
+    return adapted
+
+
+def _exclude(given: str | list[str] | None, frozen: list[str]) -> str | None:
+    """One regular expression over module paths: the job's own exclusions and everything that is frozen."""
+    patterns = [rf"{re.escape(path)}(\..*)?" for path in frozen]
+    if isinstance(given, str):
+        patterns.append(given)
+    elif given:
+        patterns.extend(rf"(.*\.)?{re.escape(name)}" for name in given)
+    return "|".join(f"(?:{pattern})" for pattern in patterns) or None
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """A finished adapter over the base model, for evaluation.
+
+    Raises:
+        DataError: the folder holds no adapter for this model.
+    """
+    try:
+        return PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise DataError(f"adapter: cannot load {folder}: {error}") from error
+
+
+def float32_trainable(model: torch.nn.Module) -> None:
+    """Adapters train in float32 from the first step on; TRL casts them to bfloat16 over a quantized base."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def describe(model: torch.nn.Module) -> dict[str, Any]:
+    """What is really in force, counted on the modules: quantized and adapted per part, trainable, attention."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    where = parts(base.config.model_type)
+    count = {name: {"linear4bit": 0, "linear8bit": 0, "adapted": 0, "trainable": 0} for name in _PARTS}
+    for path, module in base.named_modules():
+        row = count[_part(path, where)]
+        row["linear4bit"] += isinstance(module, Linear4bit)
+        row["linear8bit"] += isinstance(module, Linear8bitLt)
+        row["adapted"] += isinstance(module, BaseTunerLayer)
+    for path, parameter in base.named_parameters():
+        count[_part(path, where)]["trainable"] += parameter.numel() if parameter.requires_grad else 0
+    return {
+        "model_class": type(base).__name__,
+        "parts": count,
+        "trainable_parameters": sum(row["trainable"] for row in count.values()),
+        "trainable_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}),
+        "attn_implementation": base.config._attn_implementation,
+        "device": str(base.device),
+    }
+
+
+_PARTS = ("vision_tower", "projector", "language_model")
+
+
+def _part(path: str, where: Parts) -> str:
+    """The part that a module or parameter path belongs to."""
+    for name, prefix in (("vision_tower", where.vision_tower), ("projector", where.projector)):
+        if path == prefix or path.startswith(prefix + "."):
+            return name
+    return "language_model"

@@ -1,0 +1,313 @@
+"""One attempt, step by step: the sequence that `python -m runner.train` runs.
+
+Each function does one stage and returns what the next needs. Whatever draws random numbers is seeded or
+guarded here, so that an attempt that resumes goes on with the numbers of the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import shutil
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import ProcessorMixin, set_seed
+from transformers.utils import logging as transformers_logging
+
+from runner.errors import Preempted, RunnerError
+from runner.plan import Plan, total_steps
+from runner.train import model as models
+from runner.train import state
+from runner.train.audit import audit
+from runner.train.callbacks import SaveAndStop
+from runner.durable import write_json
+from runner.train.channel import Channel
+from runner.train.collator import Collator
+from runner.train.data import Rows, load
+from runner.train.evaluate import Evaluation, evaluate
+from runner.train.facts import peak_memory, versions
+from runner.train.trainer import SftRun, sft
+
+OUT_OF_MEMORY = (
+    "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
+    "training.per_device_train_batch_size: 1 (the global batch stays), training.gradient_checkpointing: true, "
+    "a smaller model.processor.size, quantization.load_in_4bit: true"
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every purpose needs: the processor and the rows."""
+
+    processor: ProcessorMixin
+    train_rows: Rows | None
+    eval_rows: Rows | None
+
+
+def train(plan: Plan, channel: Channel) -> dict[str, Any]:
+    """Train, export and evaluate. Returns the outcome's fields.
+
+    Raises:
+        Preempted: the supervisor asked to stop; what was trained is saved.
+        RunnerError: the job, the data or the device does not do.
+    """
+    _reproducible()
+    prepared = _prepare(plan, channel)
+    _stop_here(channel, "before training")
+    channel.send("phase", phase="load")
+    try:
+        base = models.load_base(plan.job, plan.fetched.model)
+        set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
+        model = base if plan.job.lora is None else models.add_adapter(base, plan.job)
+        evaluator = Evaluator(plan, channel, model, prepared)
+        before = evaluator.baseline()
+        trainer = _trainer(plan, channel, model, prepared, evaluator)
+        facts = _facts(plan, model, trainer, prepared)
+        channel.send("plan", **_numbers(plan, prepared, trainer))
+        control = _fit(plan, channel, trainer)
+        if control.stopped:
+            raise Preempted(f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved")
+        exported = _export(plan, channel, model, prepared.processor)
+        _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
+        after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
+    except torch.OutOfMemoryError as error:
+        raise RunnerError(f"{OUT_OF_MEMORY}. The device said: {str(error).splitlines()[0]}") from error
+    return {
+        "step": trainer.args.max_steps,
+        "steps": trainer.args.max_steps,
+        "metrics": {"before": before, "after": after},
+        "adapter": str(exported),
+        "facts": {**facts, "peak_memory_bytes": peak_memory()},
+    }
+
+
+def evaluate_only(plan: Plan, channel: Channel) -> dict[str, Any]:
+    """Generate on the evaluation rows with the adapter that the plan names, or with the base model."""
+    _reproducible()
+    prepared = _prepare(plan, channel)
+    channel.send("phase", phase="load")
+    model: torch.nn.Module = models.load_base(plan.job, plan.fetched.model)
+    if plan.adapter is not None:
+        model = models.load_adapter(model, plan.adapter)
+    label = "base" if plan.adapter is None else "adapter"
+    metrics = Evaluator(plan, channel, model, prepared).run(label, "evaluate", step=0)
+    return {"step": 0, "steps": 0, "metrics": {label: metrics}, "facts": models.describe(model)}
+
+
+def _stop_here(channel: Channel, where: str) -> None:
+    """Leave early when asked to: nothing was trained by this attempt, so nothing is saved.
+
+    Raises:
+        Preempted: asked to stop.
+    """
+    if channel.stop_requested():
+        raise Preempted(f"stopped {where}; the state before it is saved")
+
+
+def _reproducible() -> None:
+    """The same bits from the same inputs, where the device can."""
+    transformers_logging.disable_progress_bar()
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _prepare(plan: Plan, channel: Channel) -> Prepared:
+    """Build the processor, prepare and check all rows, audit the labels."""
+    channel.send("phase", phase="data")
+    job = plan.job
+    config = models.load_config(plan.fetched.model)
+    processor = models.load_processor(job, plan.fetched.model)
+    limit = job.datasets.max_length or config.get_text_config().max_position_embeddings
+    load_rows = functools.partial(
+        load, policy=job.datasets, seed=job.seed, processor=processor, limit=limit
+    )
+    train_rows = None
+    if plan.purpose == "train":
+        train_rows = load_rows(job.datasets.train, plan.fetched.train, name="train")
+        collator = _collator(plan, processor, train_rows)
+        channel.send("audit", lines=audit(train_rows, collator, processor))
+    eval_rows = None
+    if job.datasets.eval:
+        at_most = None if job.evaluation is None else job.evaluation.max_samples
+        eval_rows = load_rows(job.datasets.eval, plan.fetched.eval, name="eval", max_samples=at_most)
+    for rows in (train_rows, eval_rows):
+        for row, reason in () if rows is None else rows.skipped:
+            channel.send("warning", message=f"{row} is skipped: {reason}")
+        for note in () if rows is None else rows.notes:
+            channel.send("message", text=note)
+    return Prepared(processor, train_rows, eval_rows)
+
+
+def _collator(plan: Plan, processor: ProcessorMixin, rows: Rows) -> Collator:
+    return Collator(processor, rows.form, models.DTYPES[plan.job.model.dtype])
+
+
+def _precision(plan: Plan) -> AbstractContextManager[Any]:
+    """The precision that training runs in, for a forward outside the trainer."""
+    dtype = models.DTYPES[plan.job.model.dtype]
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(models.device().type, dtype=dtype)
+
+
+class Evaluator:
+    """Generation on the evaluation rows, its files and its events."""
+
+    def __init__(self, plan: Plan, channel: Channel, model: torch.nn.Module, prepared: Prepared) -> None:
+        self._plan = plan
+        self._channel = channel
+        self._model = model
+        self._prepared = prepared
+        self._folder = plan.run_dir / "evaluation"
+
+    def baseline(self) -> dict[str, Any] | None:
+        """Metrics of the base model, kept from an earlier attempt where it got so far."""
+        job = self._plan.job
+        if job.evaluation is None or not job.evaluation.baseline:
+            return None
+        kept = self._folder / "before.json"
+        if kept.exists():
+            saved = json.loads(kept.read_text(encoding="utf-8"))
+            if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
+                metrics: dict[str, Any] = saved["metrics"]
+                return metrics
+        adapter_off = self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
+        with adapter_off:
+            return self.run("before", "evaluate_before", step=0)
+
+    def during(self, step: int) -> None:
+        """Metrics at a step; a request to stop ends it early and is answered by the next step."""
+        with contextlib.suppress(Preempted):
+            self.run(f"step-{step:08d}", "evaluate", step=step, when="during")
+        self._channel.send("phase", phase="train")
+
+    def run(self, label: str, phase: str, step: int, when: str | None = None) -> dict[str, Any] | None:
+        """Generate, score, write `evaluation/<label>.json` and its predictions, tell the supervisor.
+
+        Raises:
+            Preempted: asked to stop.
+        """
+        plan, rows = self._plan, self._prepared.eval_rows
+        if plan.job.evaluation is None or rows is None:
+            return None
+        self._channel.send("phase", phase=phase)
+        with _precision(plan):
+            result = evaluate(
+                self._model,
+                self._prepared.processor,
+                rows,
+                plan.job.evaluation,
+                on_progress=lambda done, total: self._channel.send("progress", phase=phase, done=done, total=total),
+                should_stop=self._channel.stop_requested,
+            )
+        if result is None:
+            raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
+        self._write(label, result)
+        self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
+        return result.metrics
+
+    def _write(self, label: str, result: Evaluation) -> None:
+        assert self._plan.job.evaluation is not None
+        self._folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
+        (self._folder / f"{label}.predictions.jsonl").write_text(lines, encoding="utf-8")
+        spec = self._plan.job.evaluation.model_dump(mode="json")
+        write_json(self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics})
+
+
+def _trainer(
+    plan: Plan, channel: Channel, model: torch.nn.Module, prepared: Prepared, evaluator: Evaluator
+) -> SftRun:
+    rows = prepared.train_rows
+    assert rows is not None
+    options = plan.job.training.options
+    steps = total_steps(
+        len(rows.dataset),
+        plan.geometry.global_batch_size,
+        options.get("num_train_epochs", 3.0),
+        options.get("max_steps", -1),
+    )
+    control = SaveAndStop(
+        save_steps=plan.job.checkpoints.save_steps,
+        save_seconds=plan.save_seconds,
+        stop_requested=channel.stop_requested,
+    )
+    trainer = sft(
+        plan,
+        model=model,
+        processor=prepared.processor,
+        collator=_collator(plan, prepared.processor, rows),
+        rows=rows,
+        eval_rows=prepared.eval_rows,
+        steps=steps,
+        control=control,
+    )
+    trainer.attach(plan, rows, channel, evaluator.during, control)
+    return trainer
+
+
+def _fit(plan: Plan, channel: Channel, trainer: SftRun) -> SaveAndStop:
+    """Train from the plan's checkpoint to the last step, or only load a checkpoint that is already there."""
+    channel.send("phase", phase="train")
+    if plan.restore is None:
+        trainer.train()
+    elif trainer.steps[-1].step >= trainer.args.max_steps:
+        # transformers would train one step more from such a checkpoint.
+        trainer._load_from_checkpoint(str(plan.restore))
+    else:
+        trainer.train(resume_from_checkpoint=str(plan.restore))
+    return trainer.control_callback
+
+
+def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: ProcessorMixin) -> Path:
+    """The adapter as plain PEFT loads it, or the whole model where there is no adapter; published by rename."""
+    channel.send("phase", phase="export")
+    final = plan.run_dir / ("model" if plan.job.lora is None else "adapter")
+    writing = plan.attempt_dir / "export"
+    shutil.rmtree(writing, ignore_errors=True)
+    if isinstance(model, PeftModel):
+        # No vocabulary is ever resized here; the default asks the hub for the base model's configuration.
+        model.save_pretrained(writing, save_embedding_layers=False)
+    else:
+        model.save_pretrained(writing)
+        processor.save_pretrained(writing)
+    shutil.rmtree(final, ignore_errors=True)
+    writing.rename(final)
+    return final
+
+
+def _write_steps(path: Path, steps: list[state.Step]) -> None:
+    path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps), encoding="utf-8")
+
+
+def _numbers(plan: Plan, prepared: Prepared, trainer: SftRun) -> dict[str, Any]:
+    rows = prepared.train_rows
+    assert rows is not None
+    return {
+        "rows": len(rows.dataset),
+        "skipped": len(rows.skipped),
+        "steps": trainer.args.max_steps,
+        "tokens_max": rows.max_tokens,
+        "geometry": plan.geometry.model_dump(),
+        "restored_step": trainer.steps[-1].step if trainer.steps else 0,
+    }
+
+
+def _facts(plan: Plan, model: torch.nn.Module, trainer: SftRun, prepared: Prepared) -> dict[str, Any]:
+    """What is in force, as result.json records it."""
+    return {
+        **models.describe(model),
+        "engine": type(trainer.model_wrapped).__name__,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "mixed_precision": trainer.accelerator.mixed_precision,
+        "image_backend": models.image_backend(prepared.processor),
+        "geometry": plan.geometry.model_dump(),
+        "versions": versions(),
+    }

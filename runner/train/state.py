@@ -1,0 +1,215 @@
+"""The trainer state of a run: one format for every strategy, in safetensors and JSON, nothing that executes.
+
+    parameters.safetensors   every trainable parameter by name, in the precision it trains in
+    optimizer.safetensors    tensors of the optimizer's state, `<parameter>/<key>...`
+    rng-0.safetensors        tensors of the generators' states of rank 0
+    state.json               scheduler, loss scaler, the optimizer's and generators' other values, the data
+    trainer_state.json       transformers' own TrainerState (step, epoch, log history)
+    steps.jsonl              our record: loss, gradient norm, learning rate and row indices of every step
+
+Tensors and other values of a nested state are split by `split` and joined again by `join`. Optimizer
+states go through the optimizer's public `state_dict` and are keyed by parameter name, so a resume does not
+depend on the order of parameters.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from runner.errors import DataError
+from runner.train import rng
+
+PARAMETERS = "parameters.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+RNG = "rng-0.safetensors"
+STATE = "state.json"
+STEPS = "steps.jsonl"
+
+_TENSOR = "__tensor__"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, as it happened."""
+
+    step: int
+    """Counts from 1."""
+    loss: float
+    """Token mean over the global batch, in nats."""
+    grad_norm: float | None
+    """L2 norm before clipping; null where no clipping computed one."""
+    learning_rate: float
+    tokens: int
+    """Tokens that were not padding."""
+    images: int
+    rows: list[int]
+    """Indices of the rows in the prepared training data, in order."""
+
+
+def split(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """Move every tensor of a nested state into `tensors` and leave its key in place; the rest is JSON.
+
+    Raises:
+        TypeError: a value that neither safetensors nor JSON holds.
+    """
+    if isinstance(tree, torch.Tensor):
+        tensors[prefix] = tree.detach().to("cpu", copy=True).contiguous()
+        return {_TENSOR: prefix}
+    if isinstance(tree, dict):
+        return {str(key): split(value, f"{prefix}/{key}", tensors) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [split(value, f"{prefix}/{index}", tensors) for index, value in enumerate(tree)]
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree
+    raise TypeError(f"{prefix}: a {type(tree).__name__} cannot be saved as data")
+
+
+def join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The nested state that `split` took apart; sequences come back as lists."""
+    if isinstance(tree, dict):
+        if set(tree) == {_TENSOR}:
+            return tensors[tree[_TENSOR]]
+        return {key: join(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [join(value, tensors) for value in tree]
+    return tree
+
+
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters that train, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save(
+    folder: Path,
+    *,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: Any | None,
+    data: str,
+    steps: list[Step],
+) -> None:
+    """Write everything but transformers' own TrainerState into `folder`. Draws nothing, changes nothing.
+
+    Args:
+        data: fingerprint of the prepared rows; a resume on other rows is refused.
+        scaler: the float16 loss scaler, or null.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    values = {
+        "optimizer": _optimizer_by_name(model, optimizer, tensors),
+        "scheduler": split(scheduler.state_dict(), "scheduler", {}),
+        "scaler": None if scaler is None else split(scaler.state_dict(), "scaler", {}),
+        "data": data,
+    }
+    generators: dict[str, torch.Tensor] = {}
+    values["rng"] = split(rng.capture(), "rng", generators)
+    save_file(
+        {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()},
+        folder / PARAMETERS,
+    )
+    save_file(tensors, folder / OPTIMIZER)
+    save_file(generators, folder / RNG)
+    (folder / STATE).write_text(json.dumps(values))
+    (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
+
+
+def _optimizer_by_name(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> dict[str, Any]:
+    """The optimizer's state with parameter names for indices: `{"state": {name: ...}, "groups": [...]}`."""
+    names = {id(parameter): name for name, parameter in trainable(model).items()}
+    state = optimizer.state_dict()
+    name_of = {
+        index: names[id(parameter)]
+        for live, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
+        for parameter, index in zip(live["params"], saved["params"], strict=True)
+    }
+    return {
+        "state": {name_of[index]: split(value, name_of[index], tensors) for index, value in state["state"].items()},
+        "groups": [
+            {
+                **{key: split(value, f"groups/{key}", tensors) for key, value in group.items() if key != "params"},
+                "params": [name_of[index] for index in group["params"]],
+            }
+            for group in state["param_groups"]
+        ],
+    }
+
+
+def load_parameters(folder: Path, model: torch.nn.Module) -> None:
+    """Put the saved values into the model's trainable parameters, in place.
+
+    Raises:
+        DataError: the checkpoint's parameters are not this model's.
+    """
+    saved = load_file(folder / PARAMETERS)
+    live = trainable(model)
+    if saved.keys() != live.keys():
+        odd = sorted(saved.keys() ^ live.keys())
+        raise DataError(f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}")
+    with torch.no_grad():
+        for name, parameter in live.items():
+            parameter.copy_(saved[name])
+
+
+def load_optimizer(
+    folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
+) -> None:
+    """Put the saved moments, steps and learning rates back: moments by name, hyperparameters by group."""
+    tensors = load_file(folder / OPTIMIZER)
+    values = _values(folder)
+    names = {id(parameter): name for name, parameter in trainable(model).items()}
+    saved = values["optimizer"]
+    state: dict[int, Any] = {}
+    groups = []
+    index = 0
+    for live, kept in zip(optimizer.param_groups, saved["groups"], strict=True):
+        indices = []
+        for parameter in live["params"]:
+            name = names[id(parameter)]
+            if name in saved["state"]:
+                state[index] = join(saved["state"][name], tensors)
+            indices.append(index)
+            index += 1
+        hyperparameters = join({key: value for key, value in kept.items() if key != "params"}, tensors)
+        for key, value in hyperparameters.items():
+            if isinstance(live.get(key), tuple):  # betas; JSON has no tuples
+                hyperparameters[key] = tuple(value)
+        groups.append({**hyperparameters, "params": indices})
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    scheduler.load_state_dict(values["scheduler"])
+
+
+def load_scaler(folder: Path, scaler: Any) -> None:
+    """Put the float16 loss scaler back."""
+    saved = _values(folder)["scaler"]
+    if saved:
+        scaler.load_state_dict(saved)
+
+
+def load_rng(folder: Path) -> None:
+    """Put the generators back to where they were when the checkpoint was saved."""
+    rng.restore(join(_values(folder)["rng"], load_file(folder / RNG)))
+
+
+def load_steps(folder: Path) -> list[Step]:
+    """The record of every step up to the checkpoint."""
+    return [Step(**json.loads(line)) for line in (folder / STEPS).read_text().splitlines()]
+
+
+def data_fingerprint(folder: Path) -> str:
+    """The fingerprint of the rows that the checkpoint was trained on."""
+    return str(_values(folder)["data"])
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return values

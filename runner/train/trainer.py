@@ -1,0 +1,253 @@
+"""TRL's trainer with our data order, our checkpoints and our record of every step; nothing else changed.
+
+`RunTrainer` is a mixin over any `transformers.Trainer`; a method (`sft`, later `dpo`) is one subclass and
+one builder function. The upstream methods that it overrides are private; `tests/test_upstream.py` fails
+when one of them moves.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer import TRAINER_STATE_NAME
+from trl import SFTConfig, SFTTrainer
+
+from runner.checkpoint.files import publish, seal
+from runner.errors import DataError, JobError, Problem
+from runner.plan import Plan
+from runner.train import rng, state
+from runner.train.callbacks import SaveAndStop
+from runner.train.channel import Channel
+from runner.train.collator import Collator
+from runner.train.data import Rows
+from runner.train.facts import peak_memory
+from runner.train.model import device, float32_trainable
+from runner.train.sampler import GlobalBatchSampler
+
+
+EVALUATION = ("eval_loss", "eval_mean_token_accuracy")
+"""What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
+
+
+class RunTrainer:
+    """Mixin before a `transformers.Trainer`: order, record, save, restore."""
+
+    def attach(
+        self,
+        plan: Plan,
+        rows: Rows,
+        channel: Channel,
+        evaluate_now: Callable[[int], None],
+        control_callback: SaveAndStop,
+    ) -> None:
+        """Give the trainer its run. Called once, right after construction.
+
+        Args:
+            evaluate_now: generates on the evaluation rows, every `evaluation.steps` steps.
+        """
+        self._plan = plan
+        self._rows = rows
+        self._channel = channel
+        self._evaluate_now = evaluate_now
+        self.control_callback = control_callback
+        self._sampler = GlobalBatchSampler(len(rows.dataset), plan.geometry.global_batch_size, plan.job.seed)
+        self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
+        self._parent = None if plan.restore is None else plan.restore.name
+        self._micro: list[tuple[torch.Tensor, int, int, list[int]]] = []
+        self._began = time.monotonic()
+        float32_trainable(self.model)
+
+    # --- the order of rows ---
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GlobalBatchSampler:
+        return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Upstream puts every micro-batch of a step on the GPU at once; each moves when it is at work instead."""
+        loader = super().get_train_dataloader()
+        loader.device = None
+        return loader
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # accelerate loses the epoch of a custom sampler once a resume wraps it in a SkipBatchSampler.
+        self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    # --- the record of steps ---
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        indices = inputs.pop("row_index").tolist()
+        images = int(inputs.pop("image_count").sum())
+        tokens = int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self._micro.append((loss.detach(), tokens, images, indices))
+        return loss
+
+    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        del inputs["row_index"], inputs["image_count"]
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        done = self.state.global_step
+        stepped = bool(self._micro)  # upstream calls this once more at the end of an epoch
+        if stepped:
+            self._record(done, grad_norm, kwargs["learning_rate"])
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+        every = None if self._plan.job.evaluation is None else self._plan.job.evaluation.steps
+        if stepped and every is not None and done % every == 0 and done < self.state.max_steps:
+            self._evaluate_now(done)
+        self._began = time.monotonic()
+
+    def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
+        step = state.Step(
+            step=done,
+            loss=float(sum(loss for loss, _, _, _ in self._micro)),
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=float(learning_rate),
+            tokens=sum(tokens for _, tokens, _, _ in self._micro),
+            images=sum(images for _, _, images, _ in self._micro),
+            rows=[index for _, _, _, indices in self._micro for index in indices],
+        )
+        self._micro.clear()
+        self.steps.append(step)
+        self._channel.send(
+            "step",
+            step=done,
+            steps=self.state.max_steps,
+            loss=step.loss,
+            grad_norm=step.grad_norm,
+            learning_rate=step.learning_rate,
+            tokens=step.tokens,
+            images=step.images,
+            ids=step.rows,
+            seconds=time.monotonic() - self._began,
+            memory_bytes=peak_memory(),
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Upstream's evaluation of the loss, without drawing from the training generators."""
+        with rng.preserved():
+            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
+        told = {name: metrics[name] for name in EVALUATION if name in metrics}
+        self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=told)
+        return metrics
+
+    # --- the state of the run ---
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        done = self.state.global_step
+        began = time.monotonic()
+        self._channel.send("phase", phase="save")
+        saving = self._plan.attempt_dir / f"saving-{done:08d}"
+        shutil.rmtree(saving, ignore_errors=True)
+        saving.mkdir()
+        state.save(
+            saving,
+            model=self.model,
+            optimizer=self.optimizer.optimizer,
+            scheduler=self.lr_scheduler,
+            scaler=self.accelerator.scaler,
+            data=self._rows.fingerprint,
+            steps=self.steps,
+        )
+        self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
+        name = f"{done:08d}-{self._plan.attempt:04d}"
+        seal(saving, id=name, step=done, parent=self._parent, extra={})
+        path = publish(saving, self._plan.run_dir / "outbox", name)
+        self._parent = name
+        self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
+        self._channel.send("phase", phase="train")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        folder = Path(resume_from_checkpoint)
+        if state.data_fingerprint(folder) != self._rows.fingerprint:
+            raise DataError(
+                f"checkpoint {folder.name}: it was trained on other rows than the datasets hold now; remedy: "
+                "put the data back as it was, or start a run under another name"
+            )
+        state.load_parameters(folder, self.model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_optimizer(
+                Path(checkpoint), model=self.model, optimizer=self.optimizer.optimizer, scheduler=self.lr_scheduler
+            )
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.accelerator.scaler is not None:
+            state.load_scaler(Path(checkpoint), self.accelerator.scaler)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            state.load_rng(Path(checkpoint))
+
+
+class SftRun(RunTrainer, SFTTrainer):
+    """TRL's supervised fine-tuning as a run."""
+
+
+def sft_arguments(plan: Plan, steps: int) -> SFTConfig:
+    """TRL's configuration: what is ours, and every other field as the job has it.
+
+    Raises:
+        JobError: upstream refuses a value that the generated schema could not judge.
+    """
+    job = plan.job
+    options = {"report_to": "none", **job.training.options}
+    try:
+        return SFTConfig(
+            **{
+                **options,
+                "output_dir": str(plan.attempt_dir / "trainer"),
+                "seed": job.seed,
+                "max_steps": steps,
+                "per_device_train_batch_size": plan.geometry.per_device,
+                "gradient_accumulation_steps": plan.geometry.accumulation,
+                "bf16": job.model.dtype == "bfloat16",
+                "fp16": job.model.dtype == "float16",
+                "use_cpu": device().type == "cpu",
+                "max_length": None,  # image tokens are never truncated; `datasets.max_length` decides before
+                "save_strategy": "no",  # `SaveAndStop` decides
+                "disable_tqdm": True,
+                "remove_unused_columns": False,
+            }
+        )
+    except (TypeError, ValueError) as error:
+        raise JobError(
+            [Problem("training", f"TRL refuses it: {error}", "see SFTConfig's own documentation")]
+        ) from error
+
+
+def sft(
+    plan: Plan,
+    *,
+    model: PreTrainedModel | torch.nn.Module,
+    processor: ProcessorMixin,
+    collator: Collator,
+    rows: Rows,
+    eval_rows: Rows | None,
+    steps: int,
+    control: SaveAndStop,
+) -> SftRun:
+    """TRL's SFTTrainer over a model that already has its adapter."""
+    try:
+        return SftRun(
+            model=model,
+            args=sft_arguments(plan, steps),
+            data_collator=collator,
+            train_dataset=rows.dataset,
+            eval_dataset=None if eval_rows is None else eval_rows.dataset,
+            processing_class=processor,
+            callbacks=[control],
+        )
+    except ValueError as error:
+        raise JobError(
+            [Problem("training", f"TRL refuses it: {error}", "change the option that it names")]
+        ) from error

@@ -1,0 +1,146 @@
+"""What follows when a trainer has ended: done, another attempt, or the end of the run. Pure.
+
+The trainer's `outcome.json` decides, not its exit code; a trainer that left none has crashed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from runner.errors import (
+    AccessDenied,
+    DataError,
+    JobError,
+    NoProgress,
+    Preempted,
+    Problem,
+    RunnerError,
+    StorageError,
+)
+
+RESTARTS_WITHOUT_PROGRESS = 5
+
+_BY_CODE: dict[int, type[RunnerError]] = {
+    kind.exit_code: kind for kind in (DataError, StorageError, AccessDenied, NoProgress)
+}
+
+
+class Outcome(BaseModel):
+    """A trainer's last word. Only the first two are always there."""
+
+    model_config = ConfigDict(frozen=True)
+
+    outcome: str
+    exit_code: int
+    error: str | None = None
+    step: int | None = None
+    metrics: dict[str, Any] = {}
+    adapter: str | None = None
+    facts: dict[str, Any] = {}
+
+
+@dataclass(frozen=True)
+class Crash:
+    """One attempt that ended without finishing, and not by a decision of its own."""
+
+    attempt: int
+    step: int | None
+    """The optimizer step at work, from 1; None outside training."""
+    reason: str
+    """`SIGKILL`, `exit code 1: RuntimeError: ...`."""
+    progressed: bool
+    """A checkpoint was committed in this attempt."""
+    by_signal: bool
+    rows: tuple[int, ...] = ()
+    """Rows of the step at work, if the trainer said them."""
+
+
+@dataclass(frozen=True)
+class Restart:
+    """Go on from the newest checkpoint."""
+
+    reason: str
+
+
+@dataclass
+class History:
+    """The crashes since the last progress, newest last; that of an attempt with progress is the first."""
+
+    crashes: list[Crash] = field(default_factory=list)
+
+    def decide(self, crash: Crash) -> Restart:
+        """Judge one more crash.
+
+            progress    same step   crashes without    before a step, same     verdict
+            made        as before   progress so far    reason, no signal
+            yes         -           -                  -                       restart
+            no          yes         -                  -                       NoProgress 93, with the rows
+            no          no          -                  yes                     RunnerError 1
+            no          no          0 to 4             no                      restart
+            no          no          5                  no                      RunnerError 1
+
+        Returns:
+            The restart.
+
+        Raises:
+            NoProgress, RunnerError: as the table says.
+        """
+        if crash.progressed:
+            self.crashes = [crash]
+            return Restart(crash.reason)
+        last = self.crashes[-1] if self.crashes else None
+        without = sum(not one.progressed for one in self.crashes)
+        self.crashes.append(crash)
+        if last is not None and crash.step is not None and crash.step == last.step:
+            raise NoProgress(
+                f"step {crash.step} failed twice, in attempts {last.attempt} and {crash.attempt}, the second "
+                f"time with {crash.reason}; {_rows(crash)}; remedy: look at these rows and at the log, then "
+                "give the same command again"
+            )
+        if (
+            last is not None
+            and crash.step is None
+            and last.step is None
+            and not crash.by_signal
+            and crash.reason == last.reason
+        ):
+            both = f"attempts {last.attempt} and {crash.attempt}"
+            raise RunnerError(f"{both} failed outside training with {crash.reason}")
+        if without >= RESTARTS_WITHOUT_PROGRESS:
+            raise RunnerError(
+                f"{without + 1} attempts in a row ended without a new checkpoint, the last with "
+                f"{crash.reason}; remedy: look at the log; a lower checkpoints.max_loss saves sooner"
+            )
+        return Restart(crash.reason)
+
+
+def _rows(crash: Crash) -> str:
+    if not crash.rows:
+        return "its rows are not known, because the trainer ended before it named them"
+    return f"its rows of the prepared training data, counted from 0, are {', '.join(map(str, crash.rows))}"
+
+
+def final_error(outcome: Outcome) -> RunnerError | None:
+    """The exception of an outcome that ends the run whatever else happened; None if it may go on, or is done.
+
+    outcome     exit_code          answer
+    done        0                  None
+    preempted   75                 Preempted
+    failed      65, 74, 77, 93     DataError, StorageError, AccessDenied, NoProgress
+    failed      78                 JobError
+    failed      1, any other       None: it counts as a crash
+    """
+    message = outcome.error or f"the trainer ended as {outcome.outcome} and said no reason"
+    if outcome.outcome == Preempted.outcome:
+        return Preempted(message)
+    if outcome.outcome == "done":
+        return None
+    if outcome.exit_code == JobError.exit_code:
+        # The message of a JobError is made of problems already.
+        reason, _, remedy = message.partition("\n    remedy: ")
+        return JobError([Problem("", reason, remedy or "change the job as said and give the command again")])
+    kind = _BY_CODE.get(outcome.exit_code)
+    return None if kind is None else kind(message)

@@ -1,0 +1,98 @@
+"""Starts real trainer processes from plans, as the supervisor does, and reads what they leave."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from runner.demo import resolve_dataset, resolve_model
+from runner.manifest import Job
+from runner.plan import Fetched, Plan, geometry
+
+JOB: dict[str, Any] = {
+    "name": "test",
+    "method": "sft",
+    "seed": 3,
+    "model": {"name_or_path": "demo:smolvlm-tiny", "dtype": "float32"},
+    "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear"},
+    "datasets": {
+        "train": [
+            {
+                "path": "demo:charts",
+                "split": "train[:16]",
+                "format": "vqa",
+                "columns": {"question": "query", "answer": "label"},
+            }
+        ]
+    },
+    "training": {"global_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-3},
+}
+"""Sixteen charts, two epochs, four steps."""
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """A copy of nested mappings with `changes` laid over; other values replace."""
+    result = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def charts() -> Path:
+    """The demo's charts, built once a session."""
+    return resolve_dataset("demo:charts", Path(os.environ["RUNNER_CACHE"]))
+
+
+def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One attempt in its own process: its outcome and its events. `folder` becomes `runs/<name>`.
+
+    `changes` are laid over `JOB`, `fields` over the plan.
+    """
+    job = Job.model_validate(merged(JOB, changes))
+    attempt = fields.pop("attempt", 1)
+    attempt_dir = folder / "attempts" / str(attempt)
+    attempt_dir.mkdir(parents=True)
+    (folder / "outbox").mkdir(exist_ok=True)
+    plan = Plan(
+        purpose=fields.pop("purpose", "train"),
+        job=job,
+        run_dir=folder,
+        attempt=attempt,
+        attempt_dir=attempt_dir,
+        geometry=geometry(job),
+        fetched=Fetched(
+            model=str(resolve_model("demo:smolvlm-tiny")),
+            train=[str(charts())] * len(job.datasets.train),
+            eval=[str(charts())] * len(job.datasets.eval),
+        ),
+        save_seconds=3600,
+        **fields,
+    )
+    file = attempt_dir / "plan.json"
+    file.write_text(plan.model_dump_json())
+    reader, writer = os.pipe()
+    with (attempt_dir / "trainer.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "runner.train", str(file)],
+            env={**os.environ, "RUNNER_EVENTS_FD": str(writer)},
+            pass_fds=[writer],
+            stdout=log,
+            stderr=log,
+        )
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        events = [json.loads(line) for line in lines]
+    process.wait()
+    outcome_file = attempt_dir / "outcome.json"
+    assert outcome_file.exists(), (attempt_dir / "trainer.log").read_text()[-3000:]
+    return json.loads(outcome_file.read_text()), events
+
+
+def steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The step events, in order."""
+    return [event for event in events if event["event"] == "step"]

@@ -1,0 +1,76 @@
+"""The world that tests see: a home of their own, no settings of the person who runs them, no network.
+
+pytest-socket (pyproject.toml) closes this process to all but the local machine; the variables set
+here do the same for the child processes, and both inherit an empty home and empty caches. The
+demo's data set is rendered once a session, into that home.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+FOREIGN = (
+    "ACCELERATE_",
+    "AWS_",
+    "BNB_",
+    "CUDA_",
+    "DATASETS_",
+    "DS_",
+    "HF_",
+    "HUGGING_FACE_",
+    "JOB",
+    "MAKE",
+    "MFLAGS",
+    "PYTHONWARNINGS",
+    "PYTORCH_",
+    "RUNNER_",
+    "TORCH",
+    "TRANSFORMERS_",
+    "TRL_",
+    "WANDB_",
+    "XDG_",
+)
+"""Beginnings of variables that change what the runner or its libraries do; tests set their own."""
+
+CLOSED_PORT = "http://127.0.0.1:9"
+"""A proxy that refuses: the way out of child processes, which pytest-socket does not see."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before collection, because libraries read their environment when they are imported."""
+    home = tempfile.TemporaryDirectory(prefix="runner-tests-")
+    config.add_cleanup(home.cleanup)
+    for name in [name for name in os.environ if name.startswith(FOREIGN)]:
+        del os.environ[name]
+    os.environ |= {
+        "HOME": home.name,
+        "RUNNER_CACHE": str(Path(home.name, "cache")),
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # The same sums on every machine: float addition depends on how many threads share it.
+        "OMP_NUM_THREADS": "2",
+        "HTTP_PROXY": CLOSED_PORT,
+        "HTTPS_PROXY": CLOSED_PORT,
+        "ALL_PROXY": CLOSED_PORT,
+        "NO_PROXY": "127.0.0.1,localhost,::1",
+        "LC_ALL": "C.UTF-8",
+        "COLUMNS": "100",
+    }
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "NO_COLOR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def environment_restored() -> Iterator[None]:
+    """Libraries write to `os.environ` (TrainingArguments does); the next test must not see it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

@@ -1,0 +1,219 @@
+"""Events, the screen and the record: nothing that a pipe, a file or a terminal does stops a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import events, result
+from runner.events import LONGEST, EventLog, LineReader
+from runner.progress import Screen, change_lines, duration, metric_lines
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+# --- the file ---
+
+
+def test_log_stamps_time_and_attempt(tmp_path: Path) -> None:
+    path, clock = tmp_path / "events.jsonl", Clock()
+    with EventLog(path, clock) as log:
+        log.write({"event": "start"})
+        log.attempt, clock.now = 3, 101.5
+        log.write({"event": "phase", "phase": "load"})
+    assert list(events.read(path)) == [
+        {"time": 100.0, "attempt": 0, "event": "start"},
+        {"time": 101.5, "attempt": 3, "event": "phase", "phase": "load"},
+    ]
+
+
+def test_log_goes_on_after_half_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"event": "a"}\n{"event": "b", "wh')
+    with EventLog(path, Clock()) as log:
+        log.write({"event": "c"})
+    assert [event["event"] for event in events.read(path)] == ["a", "c"]
+
+
+def test_reading_passes_over_what_is_no_event(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'\x00\xff\n[]\n{"event": 3}\n\n{"event": "a"}\n' + b"[" * 100_000 + b'\n{"event": "b"}')
+    assert [event["event"] for event in events.read(path)] == ["a", "b"]
+    assert list(events.read(tmp_path / "none")) == []
+
+
+# --- the pipe ---
+
+
+def feed(*pieces: bytes) -> list[dict[str, Any]]:
+    reader = LineReader()
+    found = [event for piece in pieces for event in reader.feed(piece)]
+    return [*found, *reader.close()]
+
+
+def test_reader_joins_pieces() -> None:
+    line = b'{"event": "message", "text": "\xc3\xa4"}\n{"event": "b"}\n'
+    assert feed(*(bytes([byte]) for byte in line)) == [{"event": "message", "text": "ä"}, {"event": "b"}]
+
+
+def test_reader_survives_garbage_half_lines_and_huge_lines() -> None:
+    found = feed(
+        b"\x00\xffnoise\n\n", b"x" * LONGEST, b"y" * LONGEST + b'\n{"event": "a"}\n', b'{"event": "b"'
+    )
+    assert [event["event"] for event in found] == ["garbage", "garbage", "a", "garbage"]
+    assert found[1]["bytes"] == 2 * LONGEST
+    assert len(found[1]["text"]) <= 200
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"event": "step", "step": 1},
+        {"event": "step", "step": "1", "steps": 2, "loss": 0.5, "tokens": 1, "images": 1, "seconds": 1},
+        {"event": "checkpoint", "step": 1},
+        {"event": "phase"},
+        {"event": "progress", "phase": "x", "done": 1, "total": None},
+    ],
+)
+def test_an_event_without_its_fields_is_garbage(event: dict[str, Any]) -> None:
+    assert [one["event"] for one in feed(json.dumps(event).encode() + b"\n")] == ["garbage"]
+
+
+# --- the record ---
+
+
+def test_record_adds_up_attempts_and_survives_a_clock_set_back() -> None:
+    record = result.add_up(
+        [
+            {"event": "start", "attempt": 0, "time": 0.0},
+            {"event": "attempt", "attempt": 1, "time": 10.0},
+            {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "before", "metrics": {"m": 1}},
+            {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "during", "metrics": {"m": 2}},
+            {"event": "restart", "attempt": 2, "time": 50.0, "reason": "SIGKILL", "step": 4},
+            {"event": "attempt", "attempt": 2, "time": 50.0},
+            {"event": "step", "attempt": 2, "time": 53.5},
+            {"event": "attempt", "attempt": 3, "time": 60.0},
+            {"event": "step", "attempt": 3, "time": 1.0},
+        ]
+    )
+    assert record.seconds == 5.5
+    assert record.restarts == [{"attempt": 2, "reason": "SIGKILL", "step": 4}]
+    assert record.metrics == {"before": {"m": 1}, "after": None}
+    assert record.last is not None
+    assert record.last["attempt"] == 3
+
+
+# --- the screen ---
+
+
+def step(number: int, steps: int = 100) -> dict[str, Any]:
+    numbers = {"loss": 0.5, "tokens": 1500, "images": 3, "seconds": 0.5, "memory_bytes": 3 << 29}
+    return {"event": "step", "step": number, "steps": steps, **numbers}
+
+
+def test_lines_are_limited_to_first_tenths_ten_seconds_and_last() -> None:
+    clock, out = Clock(), io.StringIO()
+    screen = Screen(out, clock)
+    for number in range(1, 101):
+        clock.now += 12.0 if number == 55 else 0.1
+        screen.show(step(number))
+    lines = out.getvalue().splitlines()
+    shown = [int(line.split()[1].partition("/")[0]) for line in lines]
+    assert shown == [1, 10, 20, 30, 40, 50, 55, 60, 70, 80, 90, 100]
+    assert lines[0] == "step 1/100  loss 0.5000  3,000 tokens/s  6.0 images/s  1.50 GiB  ETA 0:50"
+    assert lines[-1] == "step 100/100  loss 0.5000  3,000 tokens/s  6.0 images/s  1.50 GiB"
+
+
+def test_lines_of_phases_audit_and_evaluation() -> None:
+    out = io.StringIO()
+    screen = Screen(out, Clock())
+    metrics = {"relaxed_accuracy": {"overall": 0.929, "n": 240, "human": 0.91, "n_human": 120}}
+    for event in [
+        {"event": "phase", "phase": "data"},
+        {"event": "audit", "lines": ["[bold]row 0[/bold]: \x1b[2J14"]},
+        {"event": "phase", "phase": "train"},
+        {"event": "phase", "phase": "save"},
+        {"event": "phase", "phase": "train"},
+        {"event": "progress", "phase": "evaluate_after", "done": 240, "total": 240},
+        {"event": "evaluation", "when": "after", "metrics": metrics},
+        {"event": "nobody knows it"},
+    ]:
+        screen.show(event)
+    assert out.getvalue().splitlines() == [
+        "preparing the data",
+        "[bold]row 0[/bold]: �[2J14",
+        "training",
+        "evaluating after training 240/240",
+        "after: relaxed accuracy 0.93 (n=240; human 0.91)",
+    ]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_terminal_has_a_bar_and_no_color_means_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    pictures = []
+    for no_color in (False, True):
+        if no_color:
+            monkeypatch.setenv("NO_COLOR", "1")
+        out = Terminal()
+        screen = Screen(out, Clock())
+        screen.show({"event": "phase", "phase": "train"})
+        screen.show(step(7))
+        screen.line("a line above it")
+        screen.tick()
+        screen.close()
+        pictures.append(out.getvalue())
+    assert "7/100" in pictures[0]
+    assert "loss 0.5000" in pictures[0]
+    assert "a line above it" in pictures[0]
+    assert "\x1b[38;5;" in pictures[0]
+    assert "\x1b[38;5;" not in pictures[1]
+
+
+def test_a_reader_that_leaves_costs_the_display_only() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        screen = Screen(out, Clock())
+        for number in range(1, 101):
+            screen.show(step(number))
+        screen.line("more")
+        screen.close()
+        out.write("what Python flushes at exit")
+
+
+def test_a_full_or_closed_output_costs_the_display_only() -> None:
+    with Path("/dev/full").open("w") as out:
+        Screen(out, Clock()).line("no room")
+    out_closed = io.StringIO()
+    screen = Screen(out_closed, Clock())
+    out_closed.close()
+    screen.line("nobody")
+
+
+def test_metrics_as_people_read_them() -> None:
+    before = {"relaxed_accuracy": {"overall": 0.21, "n": 240}, "loss": 1.5}
+    after = {"relaxed_accuracy": {"overall": 0.93, "n": 240}, "exact_match": {"overall": None, "n": 0}}
+    assert change_lines(before, after) == [
+        "relaxed accuracy  0.21 -> 0.93  (n=240)",
+        "loss              1.50 -> -",
+        "exact match       - -> -  (n=0)",
+    ]
+    assert change_lines(None, None) == []
+    assert metric_lines(before) == ["relaxed accuracy 0.21 (n=240)", "loss 1.50"]
+    assert [duration(one) for one in (5.4, 65, 3750)] == ["0:05", "1:05", "1:02:30"]

@@ -1,0 +1,472 @@
+"""The supervisor against a trainer without torch: real processes, real signals, and the same end every time.
+
+Every test that disturbs a run compares what it ends with to a run that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import events, launch
+from runner.errors import RunnerError
+from runner.settings import resolve
+
+RANK = Path(__file__).with_name("fake_rank.py")
+
+
+class Command:
+    """`runner train` or `runner evaluate` in a process of its own, forked to save the imports."""
+
+    def __init__(self, act: Callable[[], int], folder: Path) -> None:
+        self._output = folder / f"output-{len(list(folder.glob('output-*')))}"
+        self._code: int | None = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 99
+            try:
+                with self._output.open("w") as output:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                sys.stdout = os.fdopen(1, "w")
+                os.chdir(folder)
+                os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+                code = act()
+                sys.stdout.flush()
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+                raise
+            finally:
+                os._exit(code)
+
+    def poll(self) -> int | None:
+        if self._code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._code = os.waitstatus_to_exitcode(status) if pid else None
+        return self._code
+
+    def finish(self) -> tuple[int, str]:
+        """Its exit code, or minus the signal, and all that it wrote."""
+        deadline = time.monotonic() + 60
+        while (code := self.poll()) is None:
+            assert time.monotonic() < deadline, self._output.read_text()
+            time.sleep(0.005)
+        return code, self._output.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+
+SCRIPT: dict[str, Any] = {"steps": 6, "save": 2}
+
+
+class Bench:
+    """A job with a local model and data, and commands on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        model, data = path / "model", path / "rows.jsonl"
+        model.mkdir()
+        (model / "config.json").write_text("{}")
+        (model / "model.safetensors").write_bytes(b"weights")
+        data.write_text('{"image": "a.png", "question": "?", "answer": "!"}\n')
+        source = {"path": str(data), "format": "vqa"}
+        self.job: dict[str, Any] = {
+            "name": "bench",
+            "model": {"name_or_path": str(model)},
+            "datasets": {"train": [source], "eval": [source]},
+            "evaluation": {"max_new_tokens": 8},
+        }
+        self.runs = path / "runs"
+        self.run = self.runs / "bench"
+
+    def start(
+        self,
+        *faults: dict[str, Any],
+        verb: str = "train",
+        adapter: str | None = None,
+        overrides: tuple[str, ...] = (),
+        **script: Any,
+    ) -> Command:
+        job = self.path / "job.yaml"
+        job.write_text(json.dumps(self.job))  # JSON is YAML
+        trainer = [sys.executable, str(RANK), json.dumps({**SCRIPT, "faults": faults, **script})]
+
+        def act() -> int:
+            try:
+                resolved = resolve(str(job), list(overrides), {})
+                if verb == "train":
+                    return launch.train(resolved, self.runs, trainer=trainer)
+                return launch.evaluate(resolved, self.runs, adapter, trainer=trainer)
+            except RunnerError as error:
+                sys.stdout.write(f"{error}\n")
+                return error.exit_code
+
+        return Command(act, self.path)
+
+    def train(self, *faults: dict[str, Any], **settings: Any) -> tuple[int, str]:
+        return self.start(*faults, **settings).finish()
+
+    def result(self) -> dict[str, Any]:
+        document: dict[str, Any] = json.loads((self.run / "result.json").read_text())
+        return document
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [one for one in events.read(self.run / "events.jsonl") if one["event"] == event]
+
+    def weights(self) -> str:
+        return (self.run / "adapter" / "weights").read_text()
+
+    def wait_for(self, condition: Callable[[], bool], process: Command | None = None) -> None:
+        deadline = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline
+            assert process is None or process.poll() is None, process.finish()
+            time.sleep(0.01)
+
+    def waiting(self, attempt: int = 1) -> Callable[[], bool]:
+        return (self.run / "attempts" / str(attempt) / "waiting").exists
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    bench = Bench(tmp_path_factory.mktemp("undisturbed"))
+    code, output = bench.train()
+    assert code == 0, output
+    return bench.weights()
+
+
+def at(place: str, how: str, attempt: int | None = 1) -> dict[str, Any]:
+    fault: dict[str, Any] = {"at": place, "how": how}
+    return fault if attempt is None else {**fault, "attempt": attempt}
+
+
+# --- a whole run ---
+
+
+def test_run_leaves_everything_and_a_second_command_says_done(bench: Bench) -> None:
+    code, output = bench.train()
+    assert code == 0, output
+    assert "[answer] carries loss" in output
+    assert "relaxed accuracy  0.25 -> 0.75  (n=4)" in output
+    document = bench.result()
+    ends = {"outcome": "done", "exit_code": 0, "steps": 6, "attempts": 1, "restarts": [], "error": None}
+    assert {key: document[key] for key in ends} == ends
+    assert document["metrics"]["after"]["relaxed_accuracy"]["overall"] == 0.75
+    assert document["facts"] == {"engine": "fake"}
+    assert document["checkpoint"] == "00000006-0001"
+    assert document["versions"]["python"]
+    assert document["seconds"] >= 0
+    assert Path(document["adapter"]) == bench.run / "adapter"
+    for name in (
+        "job.yaml",
+        "run.json",
+        "plan.json",
+        "events.jsonl",
+        "attempts/1/plan.json",
+        "attempts/1/trainer.log",
+    ):
+        assert (bench.run / name).is_file(), name
+    assert [event["step"] for event in bench.said("commit")] == [2, 4, 6]
+    assert all(event["attempt"] == 1 for event in bench.said("step"))
+    before = (bench.run / "events.jsonl").read_bytes()
+    code, output = bench.train()
+    assert code == 0
+    assert "done already" in output
+    assert (bench.run / "events.jsonl").read_bytes() == before
+
+
+def test_noise_on_the_pipe_is_recorded_and_nothing_else(bench: Bench, undisturbed: str) -> None:
+    code, output = bench.train(at("step:3", "noise"))
+    assert code == 0, output
+    assert [event["bytes"] for event in bench.said("garbage")] == [11, 3_000_000, 3, 17]
+    assert bench.weights() == undisturbed
+
+
+# --- the trainer dies ---
+
+
+@pytest.mark.parametrize("place", ["load", "step:1", "step:4", "saving:4", "saved:4", "told:4", "evaluate"])
+def test_killed_trainer_is_started_again_and_ends_the_same(
+    bench: Bench, undisturbed: str, place: str
+) -> None:
+    code, output = bench.train(at(place, "kill"))
+    assert code == 0, output
+    assert bench.weights() == undisturbed
+    document = bench.result()
+    assert document["attempts"] == 2
+    kept = {"load": 0, "step:1": 0, "step:4": 2, "saving:4": 2, "saved:4": 4, "told:4": 4, "evaluate": 6}
+    assert document["restarts"][0]["attempt"] == 2
+    assert document["restarts"][0]["step"] == kept[place]
+    assert document["restarts"][0]["reason"].startswith("SIGKILL")
+    assert "attempt 1 ended" in output
+    assert "trainer.log" in output
+    assert list((bench.run / "outbox").iterdir()) == []
+
+
+def test_crash_says_the_last_error_line_and_no_traceback(bench: Bench) -> None:
+    code, output = bench.train(at("step:4", "exit"))
+    assert code == 0
+    assert "attempt 1 ended in step 4 with exit code 3: RuntimeError: no luck; log: " in output
+    assert "Traceback" not in output
+
+
+def test_outcome_decides_and_not_the_way_the_process_ended(bench: Bench) -> None:
+    code, output = bench.train(at("outcome", "kill"))
+    assert code == 0, output
+    assert bench.result()["attempts"] == 1
+
+
+def test_same_step_twice_is_no_progress_and_names_the_rows(bench: Bench) -> None:
+    code, output = bench.train(at("step:4", "exit", attempt=None))
+    assert code == 93
+    assert "step 4 failed twice, in attempts 1 and 2" in output
+    assert "are 6, 7" in output
+    assert bench.result()["outcome"] == "failed"
+    assert bench.result()["exit_code"] == 93
+    assert bench.result()["steps"] == 2
+    assert bench.result()["metrics"]["before"]["relaxed_accuracy"]["overall"] == 0.25
+
+
+def test_restarts_without_progress_are_bounded(bench: Bench) -> None:
+    code, output = bench.train(at("load", "kill", attempt=None))
+    assert code == 1
+    assert "6 attempts in a row ended without a new checkpoint" in output
+    assert bench.result()["attempts"] == 6
+
+
+def test_same_failure_before_any_step_stops_at_the_second(bench: Bench) -> None:
+    code, output = bench.train(at("load", "exit", attempt=None))
+    assert code == 1
+    assert "attempts 1 and 2 failed outside training with exit code 3: RuntimeError: no luck" in output
+
+
+def test_restarts_with_progress_are_not_bounded(bench: Bench, undisturbed: str) -> None:
+    faults = [at(f"step:{step}", "kill", attempt) for attempt, step in enumerate((2, 3, 4, 5, 6, 1), start=1)]
+    code, output = bench.train(*faults, steps=6, save=1)
+    assert code == 0, output
+    assert bench.result()["attempts"] == 6
+    assert bench.weights() == undisturbed
+
+
+@pytest.mark.parametrize("exit_code", [65, 77, 78])
+def test_decided_failures_stop_at_once_with_their_code(bench: Bench, exit_code: int) -> None:
+    code, output = bench.train(at("step:3", f"crash:{exit_code}"))
+    assert code == exit_code
+    assert f"row 3 of data is bad, says {exit_code}" in output
+    document = bench.result()
+    assert (document["outcome"], document["exit_code"], document["attempts"]) == ("failed", exit_code, 1)
+    assert document["steps"] == 2
+
+
+def test_checkpoint_that_rots_before_the_commit_is_left_out(bench: Bench, undisturbed: str) -> None:
+    code, output = bench.train(at("saved:4", "rot"), at("step:5", "kill"))
+    assert code == 0, output
+    assert "not committed: checkpoint 00000004-0001: state.json has SHA-256" in output
+    assert bench.result()["restarts"][0]["step"] == 2
+    assert bench.weights() == undisturbed
+
+
+def test_corrupt_checkpoint_costs_the_way_back_to_the_one_before(bench: Bench, undisturbed: str) -> None:
+    code, _ = bench.train(at("step:5", "crash:65"))
+    assert code == 65
+    path = bench.run / "checkpoints" / "00000004-0001" / "state.json"
+    path.write_bytes(path.read_bytes()[:-1] + b"~")
+    code, output = bench.train()
+    assert code == 0, output
+    assert "Going back to checkpoint 00000002-0001, step 2" in output
+    assert bench.weights() == undisturbed
+
+
+def test_no_whole_checkpoint_is_65_and_never_step_0(bench: Bench) -> None:
+    bench.train(at("step:3", "crash:65"))
+    (bench.run / "checkpoints" / "00000002-0001" / "state.json").unlink()
+    code, output = bench.train()
+    assert code == 65
+    assert "no checkpoint of this run is whole" in output
+    assert bench.result()["attempts"] == 1
+
+
+# --- notices ---
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_notice_saves_and_leaves_with_75_and_the_command_goes_on(
+    bench: Bench, undisturbed: str, number: signal.Signals
+) -> None:
+    process = bench.start(at("step:3", "wait"))
+    bench.wait_for(bench.waiting(), process)
+    process.send(number)
+    code, output = process.finish()
+    assert code == 75, output
+    assert f"{number.name}: stopped at step 3 of 6" in output
+    assert "step 3 is committed; the same command goes on" in output
+    document = bench.result()
+    assert (document["outcome"], document["exit_code"], document["steps"]) == ("preempted", 75, 3)
+    code, output = bench.train()
+    assert code == 0, output
+    assert bench.weights() == undisturbed
+    assert bench.result()["restarts"][0]["reason"].startswith("preempted: ")
+    assert bench.result()["restarts"][0]["step"] == 3
+
+
+def test_second_notice_stops_at_once(bench: Bench, undisturbed: str) -> None:
+    process = bench.start(at("step:3", "linger"))
+    bench.wait_for(bench.waiting(), process)
+    process.send(signal.SIGINT)
+    bench.wait_for((bench.run / "attempts" / "1" / "request.json").exists, process)
+    process.send(signal.SIGINT)  # at the same moment: one notice that came twice
+    time.sleep(0.6)  # the one wait of this file: what is tested is a time between two signals
+    assert process.poll() is None
+    process.send(signal.SIGINT)
+    code, output = process.finish()
+    assert code == 75, output
+    assert "step 2 is committed" in output
+    assert bench.train()[0] == 0
+    assert bench.weights() == undisturbed
+
+
+# --- the supervisor dies ---
+
+
+@pytest.mark.parametrize("lifeline_only", [False, True])
+@pytest.mark.parametrize("place", ["step:4", "saving:4", "saved:4"])
+def test_killed_supervisor_leaves_nothing_running_and_the_command_goes_on(
+    bench: Bench, undisturbed: str, place: str, lifeline_only: bool
+) -> None:
+    code, output = bench.train(at(place, "orphan"), lifeline_only=lifeline_only)
+    assert code == -signal.SIGKILL, output
+    pid = int((bench.run / "attempts" / "1" / "pid").read_text())
+    bench.wait_for(lambda: not running(pid))
+    assert not (bench.run / "result.json").exists()
+    code, output = bench.train()
+    assert code == 0, output
+    assert bench.weights() == undisturbed
+    restart = bench.result()["restarts"][0]
+    assert restart["reason"] == "killed together with its supervisor"
+    assert restart["step"] == (4 if place == "saved:4" else 2)
+    assert not list((bench.run / "attempts").glob("*/saving-*"))
+
+
+def running(pid: int) -> bool:
+    """Whether a process runs; a zombie that its adopter has not reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_second_supervisor_is_not_the_owner(bench: Bench) -> None:
+    process = bench.start(at("step:3", "wait"))
+    bench.wait_for(bench.waiting(), process)
+    code, output = bench.train()
+    assert code == 76
+    assert f"process {process.pid} on " in output
+    process.send(signal.SIGTERM)
+    assert process.finish()[0] == 75
+
+
+# --- the same job ---
+
+
+def test_another_job_of_the_same_name_is_refused_before_done(bench: Bench) -> None:
+    assert bench.train()[0] == 0
+    code, output = bench.train(overrides=("training.learning_rate=1e-3", "seed=7"))
+    assert code == 78
+    assert "training.learning_rate: absent -> 0.001" in output
+    assert "seed: 42 -> 7" in output
+    assert "give this job another name than 'bench', or remove" in output
+    assert bench.result()["outcome"] == "done"
+
+
+def test_keys_that_define_nothing_may_change(bench: Bench, undisturbed: str) -> None:
+    bench.train(at("step:3", "crash:65"))
+    changed = (
+        "checkpoints.keep_last=2",
+        "training.logging_steps=3",
+        "training.per_device_train_batch_size=2",
+    )
+    code, output = bench.train(overrides=changed)
+    assert code == 0, output
+    assert "changed since the run began: training.per_device_train_batch_size: 1 -> 2" in output
+    assert "logging_steps" not in output
+    assert bench.weights() == undisturbed
+
+
+def test_other_content_in_the_same_place_is_refused(bench: Bench) -> None:
+    bench.train(at("step:3", "crash:65"))
+    (bench.path / "rows.jsonl").write_text("{}\n")
+    code, output = bench.train()
+    assert code == 78
+    assert f"began with other content in {bench.path / 'rows.jsonl'}" in output
+
+
+def test_missing_data_is_65_before_any_trainer(bench: Bench) -> None:
+    bench.job["datasets"]["train"][0]["path"] = "./nowhere.jsonl"
+    code, output = bench.train()
+    assert code == 65
+    assert f"{bench.path / 'nowhere.jsonl'} does not exist" in output
+    assert bench.result()["attempts"] == 0
+
+
+def test_run_folder_that_is_no_folder(bench: Bench) -> None:
+    bench.runs.write_text("a file")
+    code, output = bench.train()
+    assert code == 74
+    assert "create the run's folder" in output
+
+
+# --- evaluate ---
+
+
+def test_evaluate_takes_the_runs_own_adapter_the_base_or_a_folder(bench: Bench) -> None:
+    code, output = bench.train(verb="evaluate")
+    assert code == 0, output
+    assert "evaluating the base model" in output
+    assert "relaxed accuracy 0.25 (n=4; human 0.25)" in output
+    assert bench.train()[0] == 0
+    code, output = bench.train(verb="evaluate", overrides=("evaluation.max_samples=1",))
+    assert f"evaluating the adapter in {bench.run / 'adapter'}" in output
+    assert "relaxed accuracy 0.75" in output
+    assert "evaluating the base model" in bench.train(verb="evaluate", adapter="base")[1]
+    other = bench.path / "My adapter"
+    other.mkdir()
+    (other / "adapter_config.json").write_text("{}")
+    assert bench.train(verb="evaluate", adapter=str(other))[0] == 0
+    made = {path.name for path in (bench.run / "evaluation").iterdir() if path.is_file()}
+    labels = ("base", "adapter", "My-adapter")
+    assert made == {f"{label}{end}" for label in labels for end in (".json", ".predictions.jsonl")}
+    kept = json.loads((bench.run / "evaluation" / "My-adapter.json").read_text())
+    assert kept["adapter"] == str(other)
+    assert bench.result()["outcome"] == "done"
+    assert bench.result()["attempts"] == 1
+
+
+def test_evaluate_refuses_what_is_no_adapter_and_another_base(bench: Bench) -> None:
+    code, output = bench.train(verb="evaluate", adapter=str(bench.path))
+    assert code == 65
+    assert "has no adapter_config.json" in output
+    assert bench.train()[0] == 0
+    code, output = bench.train(verb="evaluate", overrides=("model.dtype=float32",))
+    assert code == 78
+    assert 'model.dtype: "bfloat16" -> "float32"' in output
+
+
+def test_evaluate_that_crashes_is_1(bench: Bench) -> None:
+    code, output = bench.train(at("evaluate", "exit"), verb="evaluate")
+    assert code == 1
+    assert "exit code 3: RuntimeError: no luck" in output

@@ -1,0 +1,157 @@
+"""The compatibility matrix, row by row, and upstream refusing the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from runner.check import check
+from tests.small_job import SMALL
+
+BITS = {"load_in_4bit": True}
+EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
+
+ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"training": {"packing": True}}, ("training", "packing")),
+    ({"training": {"eval_packing": True}}, ("training", "eval_packing")),
+    ({"training": {"padding_free": True}}, ("training", "padding_free")),
+    ({"training": {"pad_to_multiple_of": 8}}, ("training", "pad_to_multiple_of")),
+    ({"lora": {"r": 8}, "quantization": {**BITS, "load_in_8bit": True}}, ("quantization", "load_in_8bit")),
+    ({"lora": {"r": 8}, "quantization": {"bnb_4bit_quant_type": "nf4"}}, ("quantization",)),
+    ({"quantization": BITS}, ("quantization",)),
+    ({"model": {"name_or_path": "x", "dtype": "float16"}}, ("model", "dtype")),
+    ({"lora": {"target_modules": ["q_proj", "lm_head"]}}, ("lora", "target_modules")),
+    ({"lora": {"target_modules": r".*\.(q_proj|lm_head)"}}, ("lora", "target_modules")),
+    ({"lora": {"target_modules": ["vision_model.encoder.q_proj"]}}, ("lora", "target_modules")),
+    ({"lora": {"modules_to_save": ["connector"]}}, ("lora", "modules_to_save")),
+    ({"lora": {"init_lora_weights": "pissa_niter_4"}, "quantization": BITS}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "mica"}, "quantization": BITS}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "eva"}}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "orthogonal", "r": 7}}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "loftq"}}, ("lora", "init_lora_weights")),
+    ({"lora": {"lora_bias": True, "use_dora": True}}, ("lora", "lora_bias")),
+    ({"lora": {"target_modules": "all-linear", "layers_to_transform": [1]}}, ("lora", "layers_to_transform")),
+    ({"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers"}}, ("lora", "layers_pattern")),
+    (
+        {"training": {"global_batch_size": 8, "per_device_train_batch_size": 3}},
+        ("training", "per_device_train_batch_size"),
+    ),
+    ({"training": {"eval_strategy": "steps"}}, ("training", "eval_strategy")),
+    ({"training": {"eval_on_start": True}}, ("training", "eval_on_start")),
+    ({"evaluation": {}}, ("evaluation",)),
+    ({"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, ("training", "lr_scheduler_type")),
+    ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, ("training", "lr_scheduler_type")),
+    ({"training": {"dataloader_prefetch_factor": 2}}, ("training", "dataloader_prefetch_factor")),
+    ({"training": {"dataloader_persistent_workers": True}}, ("training", "dataloader_persistent_workers")),
+    ({"training": {"logging_steps": 2.5}}, ("training", "logging_steps")),
+    (
+        {"training": {"liger_kernel_config": {"fused_linear_cross_entropy": True}}},
+        ("training", "liger_kernel_config", "fused_linear_cross_entropy"),
+    ),
+]
+
+NEIGHBOURS: list[dict[str, Any]] = [
+    {"training": {"packing": False, "padding_free": False, "eval_packing": None, "pad_to_multiple_of": None}},
+    {"lora": {"r": 8, "use_dora": True}, "quantization": {"load_in_8bit": True}},
+    {"lora": {"r": 8}, "quantization": BITS},
+    {"model": {"name_or_path": "x", "dtype": "float16"}, "lora": {"r": 8}},
+    {"model": {"name_or_path": "x", "dtype": "float32"}, "lora": {"r": 8}, "quantization": BITS},
+    {"model": {"name_or_path": "x", "freeze": []}, "lora": {"target_modules": ["vision_model.q_proj"]}},
+    {"lora": {"target_modules": r"^(?!.*vision_model).*q_proj$"}},
+    {"lora": {"modules_to_save": ["lm_head"], "target_modules": "all-linear"}},
+    {"lora": {"init_lora_weights": "olora"}, "quantization": BITS},
+    {"lora": {"init_lora_weights": "orthogonal", "r": 8}},
+    {"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers", "layers_to_transform": [1]}},
+    {**EVAL, "evaluation": {}, "training": {"eval_strategy": "steps", "eval_on_start": True}},
+    {**EVAL, "training": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"}},
+    {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}},
+    {
+        "training": {
+            "dataloader_num_workers": 2,
+            "dataloader_prefetch_factor": 2,
+            "dataloader_persistent_workers": True,
+        }
+    },
+    {"training": {"logging_steps": 0.1, "eval_steps": 2.0}},
+]
+"""One step beside the rows: upstream can do these."""
+
+
+@pytest.mark.parametrize(("change", "path"), ROWS)
+def test_each_row_is_refused_with_what_to_use(change: dict[str, Any], path: tuple[str, ...]) -> None:
+    job, findings = check({**SMALL, **change}, {})
+    assert job is None and [finding.path for finding in findings] == [path]
+    assert findings[0].reason and findings[0].remedy
+
+
+@pytest.mark.parametrize("change", NEIGHBOURS)
+def test_the_neighbours_of_the_rows_pass(change: dict[str, Any]) -> None:
+    job, findings = check({**SMALL, **change}, {})
+    assert findings == [] and job is not None
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"init_lora_weights": "loftq"},
+        {"lora_bias": True, "use_dora": True},
+        {"lora_bias": True, "init_lora_weights": "gaussian"},
+        {"target_modules": "all-linear", "layers_to_transform": [1]},
+        {"target_modules": "all-linear", "layers_pattern": "layers"},
+        {"target_modules": ["q_proj"], "layers_pattern": "layers"},
+    ],
+)
+def test_peft_refuses_the_same(lora: dict[str, Any]) -> None:
+    from peft import LoraConfig
+
+    with pytest.raises((ValueError, ImportError)):
+        LoraConfig(**lora)
+
+
+@pytest.mark.parametrize("initial", ["pissa", "pissa_niter_4", "mica"])
+def test_peft_refuses_these_initial_weights_on_a_quantized_base(initial: str) -> None:
+    import bitsandbytes as bnb
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    model = torch.nn.Sequential()
+    model.add_module("q_proj", bnb.nn.Linear4bit(64, 64))
+    model.q_proj.to("cpu")
+    with pytest.raises(TypeError):
+        get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=initial))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lr_scheduler_type": "reduce_lr_on_plateau"},
+        {"lr_scheduler_type": "greedy"},
+        {"dataloader_prefetch_factor": 2},
+        {"logging_steps": 2.5},
+        {"eval_strategy": "steps", "eval_steps": 2.5},
+    ],
+)
+def test_transformers_refuses_the_same(options: dict[str, Any], tmp_path: Any) -> None:
+    from transformers import TrainingArguments
+
+    with pytest.raises(ValueError):
+        TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **options)
+
+
+def test_both_bits_are_refused_by_transformers() -> None:
+    from transformers import BitsAndBytesConfig
+
+    with pytest.raises(ValueError, match="both"):
+        BitsAndBytesConfig(load_in_4bit=True, load_in_8bit=True)
+
+
+def test_the_gradient_scaler_refuses_float16_gradients() -> None:
+    import torch
+
+    weight = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale((weight * 2).sum()).backward()
+    with pytest.raises(ValueError, match="FP16"):
+        scaler.unscale_(optimizer)

@@ -1,0 +1,175 @@
+"""Frozen means frozen, quantized means quantized: counted on the modules of real models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+
+from runner.demo import resolve_model
+from runner.errors import DataError, JobError
+from runner.manifest import Job
+from runner.train import model as models
+from runner.train.architectures import ARCHITECTURES, parts
+
+FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+
+
+@pytest.fixture(scope="module")
+def folder() -> str:
+    return str(resolve_model("demo:smolvlm-tiny"))
+
+
+def job(**changes: Any) -> Job:
+    return Job.model_validate(
+        {
+            "name": "test",
+            "method": "sft",
+            "model": {"name_or_path": "demo:smolvlm-tiny", "dtype": "float32"},
+            "quantization": FOUR_BIT,
+            "lora": LORA,
+            "datasets": {"train": [{"path": "demo:charts", "format": "vqa"}]},
+            "training": {},
+            **changes,
+        }
+    )
+
+
+def batch(model: torch.nn.Module, processor: Any) -> dict[str, torch.Tensor]:
+    """One image and one question as the model takes them, with labels."""
+    from PIL import Image
+
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many bars?"}]}]
+    )
+    inputs = processor(text=[text], images=[[Image.new("RGB", (64, 64), "red")]], return_tensors="pt")
+    return {**inputs, "labels": inputs["input_ids"].clone()}
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_every_row_of_the_table_names_modules_of_the_real_architecture(model_type: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[model_type]())
+    where = parts(model_type)
+    for path in (where.vision_tower, where.projector):
+        assert sum(p.numel() for p in model.get_submodule(path).parameters()) > 0
+        assert model.get_submodule(path).forward is not None
+    assert model.get_submodule(where.lm_head) is model.get_output_embeddings()
+    assert not where.projector.startswith(where.vision_tower + ".")
+
+
+def test_an_unknown_architecture_says_how_to_add_it() -> None:
+    with pytest.raises(DataError, match=r"architectures\.py"):
+        parts("bert")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "kind"),
+    [(FOUR_BIT, Linear4bit), ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}, Linear4bit),
+     ({"load_in_8bit": True}, Linear8bitLt)],
+)  # fmt: skip
+def test_only_the_language_model_is_quantized_and_adapted(
+    folder: str, quantization: dict[str, Any], kind: type[torch.nn.Module]
+) -> None:
+    it = job(quantization=quantization)
+    model = models.add_adapter(models.load_base(it, folder), it)
+    quantized = [name for name, module in model.named_modules() if isinstance(module, kind)]
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert quantized
+    assert adapted
+    assert all(".text_model." in name for name in quantized + adapted)
+    counted = models.describe(model)["parts"]
+    for part in ("vision_tower", "projector"):
+        assert counted[part] == {"linear4bit": 0, "linear8bit": 0, "adapted": 0, "trainable": 0}
+    assert counted["language_model"]["adapted"] == len(adapted)
+    assert counted["language_model"]["linear4bit"] + counted["language_model"]["linear8bit"] == len(quantized)
+
+
+def test_a_frozen_tower_and_projector_receive_no_backward_call(folder: str) -> None:
+    it = job()
+    model = models.add_adapter(models.load_base(it, folder), it)
+    model.train()
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    calls: list[str] = []
+    where = parts("idefics3")
+    base = model.get_base_model()
+    for path in (where.vision_tower, where.projector):
+        for name, module in base.get_submodule(path).named_modules(prefix=path):
+            module.register_full_backward_hook(lambda *_, name=name: calls.append(name))
+    model(**batch(model, models.load_processor(it, folder))).loss.backward()
+    assert calls == []
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_backward_hook_of_that_test_fires_when_the_tower_trains(folder: str) -> None:
+    it = job(model={"name_or_path": "demo:smolvlm-tiny", "dtype": "float32", "freeze": []}, quantization=None)
+    model = models.add_adapter(models.load_base(it, folder), it)
+    counted = models.describe(model)["parts"]
+    assert counted["vision_tower"]["adapted"] > 0
+    assert counted["projector"]["adapted"] > 0
+    calls: list[str] = []
+    tower = model.get_base_model().get_submodule(parts("idefics3").vision_tower)
+    tower.register_full_backward_hook(lambda *_: calls.append("tower"))
+    model(**batch(model, models.load_processor(it, folder))).loss.backward()
+    assert calls == ["tower"]
+
+
+def test_freezing_changes_no_number(folder: str) -> None:
+    frozen, free = (
+        models.load_base(
+            job(quantization=None, model={"name_or_path": "x", "dtype": "float32", "freeze": freeze}), folder
+        )
+        for freeze in (["vision_tower", "projector"], [])
+    )
+    inputs = batch(frozen, models.load_processor(job(), folder))
+    with torch.no_grad():
+        assert torch.equal(frozen(**inputs).logits, free(**inputs).logits)
+
+
+@pytest.mark.parametrize("lora", [{**LORA, "use_dora": True}, {**LORA, "use_rslora": True}, LORA])
+def test_adapters_are_float32_over_a_quantized_base(folder: str, lora: dict[str, Any]) -> None:
+    it = job(lora=lora)
+    model = models.add_adapter(models.load_base(it, folder), it)
+    models.float32_trainable(model)
+    assert models.describe(model)["trainable_dtypes"] == ["float32"]
+
+
+def test_without_an_adapter_all_but_the_frozen_parts_train(folder: str) -> None:
+    model = models.load_base(job(quantization=None, lora=None), folder)
+    counted = models.describe(model)["parts"]
+    assert counted["vision_tower"]["trainable"] == counted["projector"]["trainable"] == 0
+    assert counted["language_model"]["trainable"] > 0
+
+
+def test_the_jobs_own_exclusions_hold_beside_the_frozen_parts(folder: str) -> None:
+    it = job(lora={**LORA, "exclude_modules": ["down_proj"]})
+    model = models.add_adapter(models.load_base(it, folder), it)
+    adapted = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    assert adapted
+    assert not any("down_proj" in name or "vision_model" in name for name in adapted)
+
+
+def test_an_adapter_that_matches_nothing_is_refused(folder: str) -> None:
+    it = job(lora={**LORA, "target_modules": ["nothing_proj"]})
+    with pytest.raises(JobError, match="nothing_proj"):
+        models.add_adapter(models.load_base(it, folder), it)
+
+
+def test_a_folder_without_a_model_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="configuration"):
+        models.load_config(str(tmp_path))
+    with pytest.raises(DataError, match="processor"):
+        models.load_processor(job(), str(tmp_path))
+
+
+def test_a_missing_image_back_end_is_refused_not_replaced(folder: str) -> None:
+    it = job(model={"name_or_path": "x", "image_backend": "torchvision"})
+    with pytest.raises(DataError, match="image_backend"):
+        models.load_processor(it, folder)

@@ -1,0 +1,78 @@
+"""The generated files say what the libraries say, and every upstream field is ours or passes through."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runner.manifest import Training
+from runner.ownership import OWNED
+from runner.schema.job import SECTIONS, job_schema, passed_through, training_options
+
+ROOT = Path(__file__).parent.parent
+SCHEMA = ROOT / "runner" / "schema"
+UPSTREAM = json.loads((SCHEMA / "upstream.json").read_text("utf-8"))
+
+
+def test_generated_files_are_not_stale(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runner.schema.generate", "--to", str(tmp_path)]
+    subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "HF_HUB_OFFLINE": "1"}, check=True, capture_output=True
+    )
+    for name, committed in (
+        ("upstream.json", SCHEMA),
+        ("job.json", SCHEMA),
+        ("training-options.md", ROOT / "docs"),
+    ):
+        assert (tmp_path / name).read_text("utf-8") == (committed / name).read_text("utf-8"), (
+            "run `make schema`"
+        )
+
+
+def test_the_job_schema_and_the_page_follow_without_torch() -> None:
+    assert json.loads((SCHEMA / "job.json").read_text("utf-8")) == job_schema(UPSTREAM)
+    assert (ROOT / "docs" / "training-options.md").read_text("utf-8") == training_options(UPSTREAM)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_upstream_field_is_ours_or_passes_through(section: str) -> None:
+    fields = set(UPSTREAM[SECTIONS[section]])
+    assert set(OWNED[section]) <= fields, "a field that upstream no longer has"
+    assert set(passed_through(section, UPSTREAM)) == fields - set(OWNED[section])
+
+
+FAMILIES = (
+    "save_ push_to hub_ resume ignore_data seed deepspeed fsdp ddp_ accelerator parallelism fp16 bf16 "
+    "output_dir do_train do_eval do_predict dataset_ max_length truncation best_model local_rank"
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES.split())
+def test_families_of_the_runner_have_no_member_that_passes(family: str) -> None:
+    passed = [name for name in passed_through("training", UPSTREAM) if family in name]
+    assert passed == []
+
+
+def test_every_owned_field_says_why() -> None:
+    assert all(len(owned.why) > 10 for table in OWNED.values() for owned in table.values())
+
+
+def test_our_own_training_keys_stand_over_upstreams() -> None:
+    schema = job_schema(UPSTREAM)["$defs"]["Training"]["properties"]
+    for name in Training.model_fields:
+        assert "Samples" in schema[name]["description"]
+
+
+@pytest.mark.parametrize("config", ["SFTConfig", "DPOConfig", "LoraConfig", "BitsAndBytesConfig"])
+def test_every_field_is_described_and_typed(config: str) -> None:
+    untyped = [
+        name
+        for name, schema in UPSTREAM[config].items()
+        if not schema["description"] or not {"type", "enum", "anyOf"} & set(schema)
+    ]
+    assert untyped == (["runtime_config"] if config == "LoraConfig" else [])

@@ -1,0 +1,51 @@
+"""Private upstream names that the trainer overrides or calls: each test fails when one of them moves."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+from transformers import Trainer
+from trl import SFTTrainer
+
+from runner.train.trainer import RunTrainer
+
+SIGNATURES = {
+    "_get_train_sampler": ["self", "train_dataset"],
+    "get_train_dataloader": ["self"],
+    "_maybe_log_save_evaluate": [
+        "self", "tr_loss", "grad_norm", "model", "trial", "epoch", "ignore_keys_for_eval", "start_time",
+        "learning_rate",
+    ],
+    "_save_checkpoint": ["self", "model", "trial"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_load_scaler": ["self", "checkpoint"],
+    "_load_rng_state": ["self", "checkpoint"],
+    "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+    "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_an_overridden_method_still_has_its_place(name: str) -> None:
+    assert list(inspect.signature(getattr(Trainer, name)).parameters) == SIGNATURES[name]
+
+
+def test_run_epoch_is_called_with_its_epoch_by_keyword() -> None:
+    assert "epoch" in inspect.signature(Trainer._run_epoch).parameters
+    assert "epoch=epoch," in inspect.getsource(Trainer._inner_training_loop)
+
+
+def test_the_loop_records_before_it_saves() -> None:
+    """`on_step_end` decides, `_maybe_log_save_evaluate` records and then saves: in this order, in one step."""
+    source = inspect.getsource(Trainer._run_epoch)
+    assert source.index("on_step_end") < source.index("self._maybe_log_save_evaluate(")
+    assert "learning_rate=learning_rate" in source
+    assert "self._save_checkpoint(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
+def test_every_override_is_listed_here() -> None:
+    ours = {name for name in vars(RunTrainer) if callable(vars(RunTrainer)[name]) and hasattr(SFTTrainer, name)}
+    ours = {name for name in ours if not name.startswith("__")}
+    assert ours == {*SIGNATURES, "_run_epoch", "evaluate"}
