@@ -1,4 +1,4 @@
-"""A short plain TRL script: what the runner is compared with, in the tests (same losses) and in the bench (speed).
+"""A short plain TRL script: what the runner is compared with, in tests (losses) and in the bench (speed).
 
 Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss and the seconds of every
 optimizer step and the peak resident memory in bytes. It uses nothing of the runner but the demo's files.

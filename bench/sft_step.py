@@ -90,7 +90,11 @@ def ours(folder: Path, model: Path, data: Path, turn: int) -> dict[str, Any]:
             "seed": SEED,
             "model": {"name_or_path": str(model), "dtype": "float32", "processor": PROCESSOR},
             "lora": {**LORA, "target_modules": "all-linear"},
-            "datasets": {"train": [{"path": str(data), "format": "vqa", "columns": {"question": "query", "answer": "label"}}]},
+            "datasets": {
+                "train": [
+                    {"path": str(data), "format": "vqa", "columns": {"question": "query", "answer": "label"}}
+                ]
+            },
             "training": {**TRAINING, "global_batch_size": 1, "per_device_train_batch_size": 1},
             "checkpoints": {"max_loss": "1h"},
         }
@@ -180,8 +184,11 @@ def main() -> None:
         peak = max(run["peak_bytes"] for run in runs) / 2**30
         print(f"{label:10}  median step {medians[label]:6.2f} s   peak memory {peak:5.2f} GiB")
     pairs = zip(results["ours"], results["plain TRL"], strict=True)
-    worst = max(abs(a - b) for one, other in pairs for a, b in zip(one["losses"], other["losses"], strict=True))
-    print(f"{'ratio':10}  {medians['plain TRL'] / medians['ours']:.2f} times faster; largest difference of a step's loss {worst:.1e}")
+    worst = max(
+        abs(a - b) for one, other in pairs for a, b in zip(one["losses"], other["losses"], strict=True)
+    )
+    ratio = medians["plain TRL"] / medians["ours"]
+    print(f"{'ratio':10}  {ratio:.2f} times faster; largest difference of a step's loss {worst:.1e}")
     if worst > 1e-5:
         sys.exit("the losses differ by more than 1e-5")
 

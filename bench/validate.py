@@ -15,7 +15,13 @@ from pathlib import Path
 RUNS = 10
 ROOT = Path(__file__).parents[1]
 COMMANDS = {
-    "runner validate jobs/chartqa-sft.yaml": [sys.executable, "-m", "runner", "validate", "jobs/chartqa-sft.yaml"],
+    "runner validate jobs/chartqa-sft.yaml": [
+        sys.executable,
+        "-m",
+        "runner",
+        "validate",
+        "jobs/chartqa-sft.yaml",
+    ],
     'python -c "import torch"': [sys.executable, "-c", "import torch"],
     'python -c "pass"': [sys.executable, "-c", "pass"],
 }

@@ -179,7 +179,7 @@ def _split(words: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _validate(arguments: argparse.Namespace) -> int:
-    from runner.resolved import resolved_yaml
+    from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
 
     resolved = resolve(*_split(arguments.words), os.environ)
@@ -220,7 +220,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
 
 def _schema(arguments: argparse.Namespace) -> int:
     del arguments
-    _say((Path(__file__).parent / "schema" / "job.json").read_text("utf-8"))
+    from runner.schema import job_schema_text
+
+    _say(job_schema_text())
     return 0
 
 

@@ -67,7 +67,7 @@ def evaluate(
         screen.line(f"evaluating {'the base model' if path is None else f'the adapter in {path}'}")
         pins = {} if stored is None else stored.pins
         request = fetch.Request(job=job, train=False, pins=pins)
-        answer = fetched(request, folder.path, notices, screen.show)
+        answer = fetched(request, folder.fetch, notices, screen.show)
         number, own = attempt.new_folder(folder.evaluation / "attempts")
         plan = Plan(
             purpose="evaluate",

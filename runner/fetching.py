@@ -21,7 +21,7 @@ def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Eve
     """Fetch what a job names.
 
     Args:
-        folder: where the request, the answer and the log (`fetch.*`) are kept.
+        folder: where the request, the answer and the log are kept.
         say: takes the events of the download.
 
     Raises:
@@ -29,8 +29,9 @@ def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Eve
         Preempted: asked to stop; what was downloaded stays in the cache.
         RunnerError: the process crashed.
     """
-    asked, answer, log = (folder / f"fetch.{name}" for name in ("request.json", "answer.json", "log"))
+    asked, answer, log = folder / "request.json", folder / "answer.json", folder / "fetch.log"
     with disk("write the fetch request", folder):
+        folder.mkdir(exist_ok=True)
         write_text(asked, request.model_dump_json())
         answer.unlink(missing_ok=True)
         log.unlink(missing_ok=True)

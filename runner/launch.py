@@ -27,11 +27,11 @@ from runner.evaluation import evaluate
 from runner.events import Event, EventLog
 from runner.fetching import fetched
 from runner.identity import Identity
+from runner.job.resolved import resolved_yaml
 from runner.manifest import Job
 from runner.plan import Fetched, Geometry, Plan, geometry
 from runner.progress import Screen, change_lines, duration
 from runner.ranks import Notices
-from runner.resolved import resolved_yaml
 from runner.run_folder import RunFolder
 from runner.settings import Resolved
 from runner.verdict import History, Outcome, final_error
@@ -124,7 +124,7 @@ class _Run:
         """Get the sources, and make sure that they are those that the run began with."""
         stored, job = self._stored, self._job
         request = fetch.Request(job=job, train=True, pins={} if stored is None else stored.pins)
-        answer = fetched(request, self._folder.path, self._notices, self._say)
+        answer = fetched(request, self._folder.fetch, self._notices, self._say)
         now = identity.versions()
         if stored is None:
             new = Identity(
@@ -270,7 +270,8 @@ class _Run:
     def _report(self, written: result.Result) -> None:
         for line in change_lines(written.metrics["before"], written.metrics["after"]):
             self._screen.line(line)
-        restarts = f", {len(written.restarts)} restarts" if written.restarts else ""
+        count = len(written.restarts)
+        restarts = f", {count} restart{'s' if count > 1 else ''}" if count else ""
         spent = f"{written.steps} steps in {duration(written.seconds)}{restarts}"
         self._screen.line(f"done: {spent}; {written.adapter}")
 

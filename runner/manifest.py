@@ -3,8 +3,8 @@
 A `Job` is built by `runner.settings.resolve` from files, environment and command line, and crosses into the
 training processes as `Job.model_validate(job.model_dump(mode="json"))`. The models check types, ranges and
 unknown keys, nothing else: upstream's keys are judged by the JSON Schema that is generated from these models
-and the pinned libraries (`runner.check`), combinations of keys by `runner.matrix`. Nothing here reads a file,
-the environment or the machine.
+and the pinned libraries (`runner.job.check`), combinations of keys by `runner.job.matrix`. Nothing here reads
+a file, the environment or the machine.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Datasets(Section):
 
 
 class Training(BaseModel):
-    """trl.SFTConfig's keys that are not ours, and two of our own. `runner.check` judges upstream's."""
+    """trl.SFTConfig's keys that are not ours, and two of our own. `runner.job.check` judges upstream's."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, hide_input_in_errors=True)
 
@@ -222,7 +222,11 @@ class Job(Section):
     quantization: dict[str, Any] | None = Field(
         default=None, description="transformers.BitsAndBytesConfig. Null: the base model is not quantized."
     )
-    lora: dict[str, Any] | None = Field(default=None, description="peft.LoraConfig. Null: full fine-tuning.")
+    lora: dict[str, Any] | None = Field(
+        default=None,
+        description="peft.LoraConfig; target_modules defaults to all-linear, outside what is frozen. "
+        "Null: full fine-tuning.",
+    )
     datasets: Datasets
     training: Training = Training()
     evaluation: Evaluation | None = Field(default=None, description="Null: no evaluation by generation.")

@@ -128,11 +128,12 @@ class Screen:
         quiet = phase == "save" or (phase == "train" and self._phase == "save")
         self._phase = phase
         name = PHASES.get(phase, phase)
-        if not self._console.is_terminal:
-            if not quiet:
-                self.line(name)
+        if quiet:
             return
-        self._draw(name, None, None, "")
+        if self._console.is_terminal:
+            self._draw(name, None, None, "")
+        else:
+            self.line(name)
 
     def _on_step(self, event: Event) -> None:
         step, steps = int(event["step"]), int(event["steps"])

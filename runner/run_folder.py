@@ -4,6 +4,7 @@ job.yaml        the job as it runs, with the source of every value
 run.json        what defines the run (`runner.identity`)
 plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)
+fetch/          what was asked of `runner.fetch`, and its answer
 attempts/<n>/   one trainer each (`runner.attempt`)
 outbox/         checkpoints that are published and not yet committed
 checkpoints/    the committed ones (`runner.checkpoint.local`)
@@ -50,6 +51,10 @@ class RunFolder:
     @property
     def events(self) -> Path:
         return self.path / "events.jsonl"
+
+    @property
+    def fetch(self) -> Path:
+        return self.path / "fetch"
 
     @property
     def attempts(self) -> Path:

@@ -7,7 +7,7 @@
 
 Mappings are merged key by key; a list, and null, replace what is weaker; an index addresses one item of a
 weaker list. Of argument, JOB_FILE and JOB_YAML exactly one is read, in this order. pydantic-settings orders
-and merges the sources; `runner.layers` reads the sources, `runner.check`
+and merges the sources; `runner.job.layers` reads the sources, `runner.job.check`
 judges the result.
 """
 
@@ -21,9 +21,9 @@ from typing import Any
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings.sources import InitSettingsSource
 
-from runner.check import check
 from runner.errors import JobError, Problem
-from runner.layers import (
+from runner.job.check import check
+from runner.job.layers import (
     DELIMITER,
     PREFIX,
     WHOLE,
@@ -36,10 +36,10 @@ from runner.layers import (
     nothing,
     opened_list,
 )
+from runner.job.secrets import mask
+from runner.job.shape import Finding
+from runner.job.yaml_source import Path, show_path
 from runner.manifest import Job
-from runner.secrets import mask
-from runner.shape import Finding
-from runner.yaml_source import Path, show_path
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Resolved:
 
 
 class _Merged(BaseSettings):
-    """The merge of the layers, still unjudged: a job is built from it by `runner.check`."""
+    """The merge of the layers, still unjudged: a job is built from it by `runner.job.check`."""
 
     model_config = SettingsConfigDict(extra="allow")
 

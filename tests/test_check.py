@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from runner import foreign
-from runner.check import check, job_schema
 from runner.errors import JobError
-from runner.ownership import OWNED
+from runner.job import foreign
+from runner.job.check import check, job_schema
+from runner.job.ownership import OWNED
 from runner.settings import resolve
 from tests.small_job import SMALL, with_value
 

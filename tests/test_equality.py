@@ -18,7 +18,7 @@ FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_comput
 
 
 def plain_trl(folder: Path, quantization: dict[str, Any] | None, training: dict[str, Any]) -> list[float]:
-    """The loss of every step of `bench/plain_trl.py`, which uses nothing of the runner but the demo's files."""
+    """The loss of every step of `bench/plain_trl.py`, which uses nothing of the runner."""
     from runner.demo import resolve_model
 
     folder.mkdir()
@@ -61,7 +61,7 @@ def test_our_losses_are_plain_trls_bit_for_bit(tmp_path: Path, quantization: dic
 
 @pytest.mark.parametrize("rows", [16, 13])
 def test_a_global_batch_is_the_same_however_it_is_cut(tmp_path: Path, rows: int) -> None:
-    """1 x 8, 2 x 4 and 8 x 1: the same rows in every step exactly, the same losses to 1e-5 (float32, no dropout)."""
+    """1 x 8, 2 x 4, 8 x 1: the same rows in every step, the same losses to 1e-5 (float32, no dropout)."""
     source = {**JOB["datasets"]["train"][0], "split": f"train[:{rows}]"}
     cuts = {}
     for size in (1, 2, 8):

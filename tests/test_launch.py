@@ -5,6 +5,7 @@ Every test that disturbs a run compares what it ends with to a run that nobody d
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -17,9 +18,19 @@ from typing import Any
 
 import pytest
 
-from runner import events, launch
-from runner.errors import RunnerError
+from runner import events, fetching, launch
+from runner.checkpoint.local import Head, LocalStore
+from runner.errors import (
+    AccessDenied,
+    DataError,
+    JobError,
+    NoProgress,
+    Preempted,
+    RunnerError,
+    StorageError,
+)
 from runner.settings import resolve
+from runner.verdict import Crash, History, Outcome, final_error
 
 RANK = Path(__file__).with_name("fake_rank.py")
 
@@ -95,6 +106,7 @@ class Bench:
         verb: str = "train",
         adapter: str | None = None,
         overrides: tuple[str, ...] = (),
+        before: Callable[[], object] = lambda: None,
         **script: Any,
     ) -> Command:
         job = self.path / "job.yaml"
@@ -102,6 +114,7 @@ class Bench:
         trainer = [sys.executable, str(RANK), json.dumps({**SCRIPT, "faults": faults, **script})]
 
         def act() -> int:
+            before()
             try:
                 resolved = resolve(str(job), list(overrides), {})
                 if verb == "train":
@@ -338,6 +351,98 @@ def test_second_notice_stops_at_once(bench: Bench, undisturbed: str) -> None:
     assert "step 2 is committed" in output
     assert bench.train()[0] == 0
     assert bench.weights() == undisturbed
+
+
+def test_notice_while_fetching_is_75(bench: Bench) -> None:
+    slow = (sys.executable, "-c", "import signal; signal.pause()")
+    process = bench.start(before=lambda: setattr(fetching, "FETCHER", slow))
+    bench.wait_for((bench.run / "fetch" / "fetch.log").exists, process)
+    process.send(signal.SIGTERM)
+    code, output = process.finish()
+    assert code == 75, output
+    assert "SIGTERM: stopped while fetching" in output
+    assert bench.train()[0] == 0
+
+
+# --- the disk ---
+
+
+def test_full_disk_at_a_commit_is_74_and_the_command_goes_on(bench: Bench, undisturbed: str) -> None:
+    swap = LocalStore._swap
+
+    def full(store: LocalStore, head: Head) -> None:
+        if head.head == "00000004-0001":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        swap(store, head)
+
+    code, output = bench.train(at("told:4", "linger"), before=lambda: setattr(LocalStore, "_swap", full))
+    assert code == 74, output
+    assert "commit checkpoint 00000004-0001" in output
+    assert "free space there and give the same command again" in output
+    assert bench.result()["steps"] == 2
+    code, output = bench.train()
+    assert code == 0, output
+    assert bench.result()["restarts"][0]["step"] == 4
+    assert bench.weights() == undisturbed
+
+
+# --- the verdict ---
+
+
+def crash(
+    step: int | None = None, progressed: bool = False, reason: str = "x", signalled: bool = False
+) -> Crash:
+    return Crash(1, step, reason, progressed, signalled, rows=(7, 8))
+
+
+@pytest.mark.parametrize(
+    ("crashes", "verdict"),
+    [
+        ([crash(4)], None),
+        ([crash(4), crash(4)], NoProgress),
+        ([crash(4, progressed=True), crash(4)], NoProgress),
+        ([crash(4), crash(4, progressed=True)], None),
+        ([crash(4), crash(5), crash(4)], None),
+        ([crash(), crash()], RunnerError),
+        ([crash(), crash(reason="y")], None),
+        ([crash(signalled=True), crash(signalled=True)], None),
+        ([crash(step, signalled=True) for step in (1, 2, 1, 2, 1)], None),
+        ([crash(step, signalled=True) for step in (1, 2, 1, 2, 1, 2)], RunnerError),
+        ([crash(9, progressed=True), *(crash(step) for step in (1, 2, 1, 2, 1))], None),
+        ([crash(1, progressed=True)] * 20, None),
+    ],
+)
+def test_verdict_table(crashes: list[Crash], verdict: type[RunnerError] | None) -> None:
+    history = History()
+    for one in crashes[:-1]:
+        history.decide(one)
+    if verdict is None:
+        assert history.decide(crashes[-1]).reason == crashes[-1].reason
+        return
+    with pytest.raises(verdict) as caught:
+        history.decide(crashes[-1])
+    assert type(caught.value) is verdict
+
+
+@pytest.mark.parametrize(
+    ("outcome", "exit_code", "kind"),
+    [
+        ("done", 0, None),
+        ("preempted", 75, Preempted),
+        ("failed", 65, DataError),
+        ("failed", 74, StorageError),
+        ("failed", 77, AccessDenied),
+        ("failed", 93, NoProgress),
+        ("failed", 78, JobError),
+        ("failed", 1, None),
+        ("failed", 3, None),
+    ],
+)
+def test_final_error_table(outcome: str, exit_code: int, kind: type[RunnerError] | None) -> None:
+    text = "key: wrong\n    remedy: right"
+    error = final_error(Outcome(outcome=outcome, exit_code=exit_code, error=text))
+    assert (error if error is None else type(error)) is kind
+    assert error is None or str(error) == text
 
 
 # --- the supervisor dies ---

@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 from runner import manifest
-from runner.check import check
+from runner.job.check import check
 from runner.manifest import Job
 from tests.small_job import SMALL, with_value
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runner.check import check
+from runner.job.check import check
 from tests.small_job import SMALL
 
 BITS = {"load_in_4bit": True}

@@ -1,8 +1,8 @@
-"""Kill it anywhere, run the same command again: the same adapter, byte for byte, and the same loss in every step.
+"""Kill it anywhere, run the same command again: the same adapter, byte for byte, the same loss every step.
 
-Real processes, real SIGKILLs: at named points (`tests/killpoint`) and at random moments. The job has what breaks
-naive resumes: dropout, two loader workers, a 4-bit base in bfloat16, evaluation of the loss and by generation
-during training, a constant schedule, rows that do not fill the last global batch.
+Real processes, real SIGKILLs: at named points (`tests/killpoint`) and at random moments. The job has what
+breaks naive resumes: dropout, two loader workers, a 4-bit base in bfloat16, evaluation of the loss and by
+generation during training, a constant schedule, rows that do not fill the last global batch.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def test_killed_at_a_point_it_ends_with_the_same_bytes(
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     job: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The supervisor dies by SIGKILL after a random number of events, until two deaths have hit a living run."""
+    """The supervisor dies by SIGKILL after a random number of events, twice."""
     chance = random.Random(os.environ.get("PYTEST_RANDOM_SEED", "7"))
     deaths = 0
     while deaths < 2:
@@ -137,7 +137,9 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         events = tmp_path / "killed" / "events.jsonl"
         seen = len(events.read_bytes().splitlines()) if events.exists() else 0
         until = seen + chance.randrange(8, 30)
-        while process.poll() is None and not (events.exists() and len(events.read_bytes().splitlines()) >= until):
+        while process.poll() is None and not (
+            events.exists() and len(events.read_bytes().splitlines()) >= until
+        ):
             time.sleep(0.005)
         if process.poll() is None:
             process.kill()

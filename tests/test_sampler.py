@@ -13,7 +13,9 @@ from runner.train.sampler import GlobalBatchSampler, epoch_order
     ("rows", "batch", "length"),
     [(8, 4, 8), (6, 4, 8), (3, 8, 8), (1, 4, 4), (61, 8, 64)],
 )
-def test_an_epoch_is_whole_global_batches_filled_from_its_own_start(rows: int, batch: int, length: int) -> None:
+def test_an_epoch_is_whole_global_batches_filled_from_its_own_start(
+    rows: int, batch: int, length: int
+) -> None:
     order = epoch_order(rows, batch, seed=7, epoch=0)
     assert len(order) == length == len(GlobalBatchSampler(rows, batch, 7))
     assert sorted(order[:rows]) == list(range(rows))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from runner.job.ownership import OWNED
 from runner.manifest import Training
-from runner.ownership import OWNED
 from runner.schema.job import SECTIONS, job_schema, passed_through, training_options
 
 ROOT = Path(__file__).parent.parent

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from runner.errors import AccessDenied, JobError, UsageError
-from runner.resolved import resolved_yaml
+from runner.job.resolved import resolved_yaml
+from runner.job.yaml_source import MAX_CHARACTERS
 from runner.settings import resolve
-from runner.yaml_source import MAX_CHARACTERS
 
 DATA = Path(__file__).parent / "data"
 GOOD = str(DATA / "good.yaml")

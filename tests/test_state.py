@@ -33,7 +33,9 @@ OPTIMIZERS = {
 def parts(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
     model = network()
     trained = list(state.trainable(model).values())
-    optimizer = OPTIMIZERS[name]([{"params": trained[:1], "weight_decay": 0.1}, {"params": trained[1:]}, {"params": []}])
+    optimizer = OPTIMIZERS[name](
+        [{"params": trained[:1], "weight_decay": 0.1}, {"params": trained[1:]}, {"params": []}]
+    )
     return model, optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
 
 
@@ -48,7 +50,9 @@ def advance(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler:
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     steps = [state.Step(1, 0.5, None, 1e-2, 10, 2, [3, 4])]
-    state.save(folder, model=model, optimizer=optimizer, scheduler=scheduler, scaler=None, data="rows", steps=steps)
+    state.save(
+        folder, model=model, optimizer=optimizer, scheduler=scheduler, scaler=None, data="rows", steps=steps
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -38,7 +38,7 @@ def test_run_epoch_is_called_with_its_epoch_by_keyword() -> None:
 
 
 def test_the_loop_records_before_it_saves() -> None:
-    """`on_step_end` decides, `_maybe_log_save_evaluate` records and then saves: in this order, in one step."""
+    """`on_step_end` decides, then `_maybe_log_save_evaluate` records and saves, in one step."""
     source = inspect.getsource(Trainer._run_epoch)
     assert source.index("on_step_end") < source.index("self._maybe_log_save_evaluate(")
     assert "learning_rate=learning_rate" in source
@@ -46,6 +46,8 @@ def test_the_loop_records_before_it_saves() -> None:
 
 
 def test_every_override_is_listed_here() -> None:
-    ours = {name for name in vars(RunTrainer) if callable(vars(RunTrainer)[name]) and hasattr(SFTTrainer, name)}
+    ours = {
+        name for name in vars(RunTrainer) if callable(vars(RunTrainer)[name]) and hasattr(SFTTrainer, name)
+    }
     ours = {name for name in ours if not name.startswith("__")}
     assert ours == {*SIGNATURES, "_run_epoch", "evaluate"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from runner.yaml_source import MAX_CHARACTERS, parse, parse_value, scalar, show_path
+from runner.job.yaml_source import MAX_CHARACTERS, parse, parse_value, scalar, show_path
 
 
 @pytest.mark.parametrize(

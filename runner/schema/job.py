@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from runner.job.ownership import OWNED, Owned
 from runner.manifest import Job
-from runner.ownership import OWNED, Owned
 
 SECTIONS = {"training": "SFTConfig", "lora": "LoraConfig", "quantization": "BitsAndBytesConfig"}
 """Section of the job -> the upstream class whose fields pass through it."""

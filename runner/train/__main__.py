@@ -15,12 +15,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-# cuBLAS is deterministic only with this set before the first handle is made (NVIDIA cuBLAS documentation, 2.1.4).
+# cuBLAS is deterministic only with this set before its first handle (NVIDIA, cuBLAS documentation, 2.1.4).
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from runner.durable import write_json
 from runner.errors import Preempted, RunnerError
 from runner.plan import Plan
-from runner.durable import write_json
 from runner.train.channel import Channel
 
 
@@ -30,7 +30,10 @@ def main(plan_file: Path) -> int:
     channel = Channel.from_environment(plan.attempt_dir)
     outcome: dict[str, Any] = {"format": 1, "error": None}
     try:
-        from runner.train.run import evaluate_only, train  # torch and transformers load here, inside the guard
+        from runner.train.run import (
+            evaluate_only,
+            train,
+        )  # torch and transformers load here, inside the guard
 
         result = train(plan, channel) if plan.purpose == "train" else evaluate_only(plan, channel)
         outcome |= {"outcome": "done", "exit_code": 0, **result}

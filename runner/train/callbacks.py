@@ -1,12 +1,12 @@
 """When a run saves and when it stops: at optimizer-step boundaries, by one rule.
 
-    save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on request
-    stop   on request, after that save
+save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on request
+stop   on request, after that save
 
-    Trainer loop, per optimizer step:
-        forward and backward of every micro-batch, optimizer.step()
-        on_step_end            <- here: decide save and stop
-        record the step, log, evaluate, save
+Trainer loop, per optimizer step:
+    forward and backward of every micro-batch, optimizer.step()
+    on_step_end            <- here: decide save and stop
+    record the step, log, evaluate, save
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class SaveAndStop(TrainerCallback):
         self._saved_at = clock()
         self.stopped = False
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._saved_at = self._clock()
 
     def on_step_end(
@@ -51,5 +53,7 @@ class SaveAndStop(TrainerCallback):
             control.should_save = True
         return control
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         self._saved_at = self._clock()

@@ -33,7 +33,7 @@ class Channel:
         return cls(attempt_dir, None if events is None else int(events))
 
     def send(self, event: str, **fields: Any) -> None:
-        """Tell the supervisor. A broken pipe is not an error: without its supervisor this process is ending."""
+        """Tell the supervisor. A broken pipe is no error: without its supervisor this process is ending."""
         if self._events is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._events.write(json.dumps({"event": event, **fields}) + "\n")
@@ -49,5 +49,3 @@ def _die_with(lifeline: int) -> None:
         with contextlib.suppress(InterruptedError):
             if not os.read(lifeline, 1):
                 os.kill(os.getpid(), signal.SIGKILL)
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import sys
 from importlib.metadata import version
-from typing import Any
 
 import torch
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageTextToText,
     AutoProcessor,
     BitsAndBytesConfig,
@@ -56,7 +57,12 @@ def load_processor(job: Job, folder: str) -> ProcessorMixin:
         DataError: it cannot be built, or it has no chat template.
     """
     try:
-        processor = AutoProcessor.from_pretrained(folder, backend=job.model.image_backend, **job.model.processor)
+        processor = AutoProcessor.from_pretrained(folder, **job.model.processor)
+        if isinstance(processor, ProcessorMixin):
+            # Given to AutoProcessor, `backend` reaches the tokenizer, which then takes itself for a slow one.
+            processor.image_processor = AutoImageProcessor.from_pretrained(
+                folder, backend=job.model.image_backend, **job.model.processor
+            )
     except (OSError, ValueError, TypeError, ImportError) as error:
         raise DataError(f"model: cannot build the processor in {folder}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
@@ -64,10 +70,12 @@ def load_processor(job: Job, folder: str) -> ProcessorMixin:
             f"model: {folder} has a {type(processor).__name__} and no processor for images; "
             "remedy: name a vision-language model"
         )
-    if image_backend(processor) != job.model.image_backend:
+    found = image_backend(processor)
+    if found != job.model.image_backend:
         raise DataError(
-            f"model.image_backend: {job.model.image_backend} is not what {type(processor.image_processor).__name__} "
-            f"uses here; remedy: install it, or write image_backend: {image_backend(processor)}"
+            f"model.image_backend: {job.model.image_backend} is not to be had here, "
+            f"{type(processor.image_processor).__name__} uses {found}; remedy: install torchvision, or write "
+            f"image_backend: {found}"
         )
     tokenizer = processor.tokenizer
     if tokenizer.pad_token is None:
@@ -122,7 +130,13 @@ def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
         return BitsAndBytesConfig(**options)
     except (TypeError, ValueError) as error:
         raise JobError(
-            [Problem("quantization", f"transformers refuses it: {error}", "see BitsAndBytesConfig's own documentation")]
+            [
+                Problem(
+                    "quantization",
+                    f"transformers refuses it: {error}",
+                    "see BitsAndBytesConfig's own documentation",
+                )
+            ]
         ) from error
 
 
@@ -135,7 +149,7 @@ def freeze(model: PreTrainedModel, paths: list[str]) -> None:
     for path in paths:
         module = model.get_submodule(path)
         module.requires_grad_(False)
-        module.forward = torch.no_grad()(module.forward)  # type: ignore[method-assign]
+        module.forward = torch.no_grad()(module.forward)
 
 
 def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
@@ -198,7 +212,7 @@ def float32_trainable(model: torch.nn.Module) -> None:
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any]:
-    """What is really in force, counted on the modules: quantized and adapted per part, trainable, attention."""
+    """What is really in force, counted on the modules: quantized and adapted per part, trainable."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     where = parts(base.config.model_type)
@@ -214,7 +228,9 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
         "model_class": type(base).__name__,
         "parts": count,
         "trainable_parameters": sum(row["trainable"] for row in count.values()),
-        "trainable_dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}),
+        "trainable_dtypes": sorted(
+            {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+        ),
         "attn_implementation": base.config._attn_implementation,
         "device": str(base.device),
     }

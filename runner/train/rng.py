@@ -20,15 +20,15 @@ Tree = dict[str, Any]
 def capture() -> Tree:
     """State of all generators: tensors (uint8, uint32 as int64) and plain JSON values."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    numpy = np.random.get_state(legacy=False)
     state: Tree = {
         "python": {"version": version, "words": list(words), "gauss": gauss},
         "numpy": {
-            "name": name,
-            "keys": torch.from_numpy(keys.astype(np.int64)),
-            "position": position,
-            "has_gauss": has_gauss,
-            "cached": cached,
+            "name": numpy["bit_generator"],
+            "keys": torch.from_numpy(numpy["state"]["key"].astype(np.int64)),
+            "position": numpy["state"]["pos"],
+            "has_gauss": numpy["has_gauss"],
+            "cached": numpy["gauss"],
         },
         "cpu": torch.random.get_rng_state(),
     }

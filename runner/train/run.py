@@ -20,13 +20,13 @@ from peft import PeftModel
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
 
+from runner.durable import write_json
 from runner.errors import Preempted, RunnerError
 from runner.plan import Plan, total_steps
 from runner.train import model as models
 from runner.train import state
 from runner.train.audit import audit
 from runner.train.callbacks import SaveAndStop
-from runner.durable import write_json
 from runner.train.channel import Channel
 from runner.train.collator import Collator
 from runner.train.data import Rows, load
@@ -36,7 +36,8 @@ from runner.train.trainer import SftRun, sft
 
 OUT_OF_MEMORY = (
     "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
-    "training.per_device_train_batch_size: 1 (the global batch stays), training.gradient_checkpointing: true, "
+    "training.per_device_train_batch_size: 1 (the global batch stays), "
+    "training.gradient_checkpointing: true, "
     "a smaller model.processor.size, quantization.load_in_4bit: true"
 )
 
@@ -72,7 +73,9 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         channel.send("plan", **_numbers(plan, prepared, trainer))
         control = _fit(plan, channel, trainer)
         if control.stopped:
-            raise Preempted(f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved")
+            raise Preempted(
+                f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved"
+            )
         exported = _export(plan, channel, model, prepared.processor)
         _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
         after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
@@ -125,9 +128,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     config = models.load_config(plan.fetched.model)
     processor = models.load_processor(job, plan.fetched.model)
     limit = job.datasets.max_length or config.get_text_config().max_position_embeddings
-    load_rows = functools.partial(
-        load, policy=job.datasets, seed=job.seed, processor=processor, limit=limit
-    )
+    load_rows = functools.partial(load, policy=job.datasets, seed=job.seed, processor=processor, limit=limit)
     train_rows = None
     if plan.purpose == "train":
         train_rows = load_rows(job.datasets.train, plan.fetched.train, name="train")
@@ -178,7 +179,9 @@ class Evaluator:
             if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
                 metrics: dict[str, Any] = saved["metrics"]
                 return metrics
-        adapter_off = self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
+        adapter_off = (
+            self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
+        )
         with adapter_off:
             return self.run("before", "evaluate_before", step=0)
 
@@ -204,7 +207,9 @@ class Evaluator:
                 self._prepared.processor,
                 rows,
                 plan.job.evaluation,
-                on_progress=lambda done, total: self._channel.send("progress", phase=phase, done=done, total=total),
+                on_progress=lambda done, total: self._channel.send(
+                    "progress", phase=phase, done=done, total=total
+                ),
                 should_stop=self._channel.stop_requested,
             )
         if result is None:
@@ -219,7 +224,9 @@ class Evaluator:
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
         (self._folder / f"{label}.predictions.jsonl").write_text(lines, encoding="utf-8")
         spec = self._plan.job.evaluation.model_dump(mode="json")
-        write_json(self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics})
+        write_json(
+            self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics}
+        )
 
 
 def _trainer(
@@ -267,7 +274,7 @@ def _fit(plan: Plan, channel: Channel, trainer: SftRun) -> SaveAndStop:
 
 
 def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: ProcessorMixin) -> Path:
-    """The adapter as plain PEFT loads it, or the whole model where there is no adapter; published by rename."""
+    """The adapter as plain PEFT loads it, or the whole model without one; published by rename."""
     channel.send("phase", phase="export")
     final = plan.run_dir / ("model" if plan.job.lora is None else "adapter")
     writing = plan.attempt_dir / "export"

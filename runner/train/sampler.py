@@ -18,10 +18,10 @@ from torch.utils.data import Sampler
 def epoch_order(rows: int, global_batch_size: int, seed: int, epoch: int) -> list[int]:
     """Row indices of one epoch, a whole number of global batches.
 
-        rows  batch  order
-           8      4  a permutation of 8
-           6      4  a permutation of 6, then its first 2
-           3      8  a permutation of 3, twice, then its first 2
+    rows  batch  order
+       8      4  a permutation of 8
+       6      4  a permutation of 6, then its first 2
+       3      8  a permutation of 3, twice, then its first 2
     """
     generator = torch.Generator()
     generator.manual_seed(seed + epoch)

@@ -133,10 +133,16 @@ def _optimizer_by_name(
         for parameter, index in zip(live["params"], saved["params"], strict=True)
     }
     return {
-        "state": {name_of[index]: split(value, name_of[index], tensors) for index, value in state["state"].items()},
+        "state": {
+            name_of[index]: split(value, name_of[index], tensors) for index, value in state["state"].items()
+        },
         "groups": [
             {
-                **{key: split(value, f"groups/{key}", tensors) for key, value in group.items() if key != "params"},
+                **{
+                    key: split(value, f"groups/{key}", tensors)
+                    for key, value in group.items()
+                    if key != "params"
+                },
                 "params": [name_of[index] for index in group["params"]],
             }
             for group in state["param_groups"]
@@ -154,7 +160,9 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     live = trainable(model)
     if saved.keys() != live.keys():
         odd = sorted(saved.keys() ^ live.keys())
-        raise DataError(f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}")
+        raise DataError(
+            f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}"
+        )
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(saved[name])

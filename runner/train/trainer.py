@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
@@ -31,13 +31,12 @@ from runner.train.facts import peak_memory
 from runner.train.model import device, float32_trainable
 from runner.train.sampler import GlobalBatchSampler
 
-
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy")
 """What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
 
 
-class RunTrainer:
-    """Mixin before a `transformers.Trainer`: order, record, save, restore."""
+class RunTrainer(Trainer):
+    """Goes before a method's own trainer: order, record, save, restore."""
 
     def attach(
         self,
@@ -70,7 +69,7 @@ class RunTrainer:
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Upstream puts every micro-batch of a step on the GPU at once; each moves when it is at work instead."""
+        """Upstream puts every micro-batch of a step on the GPU at once; ours moves when it is at work."""
         loader = super().get_train_dataloader()
         loader.device = None
         return loader
@@ -82,7 +81,9 @@ class RunTrainer:
 
     # --- the record of steps ---
 
-    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         indices = inputs.pop("row_index").tolist()
         images = int(inputs.pop("image_count").sum())
         tokens = int(inputs["attention_mask"].sum())
@@ -90,11 +91,15 @@ class RunTrainer:
         self._micro.append((loss.detach(), tokens, images, indices))
         return loss
 
-    def prediction_step(self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         del inputs["row_index"], inputs["image_count"]
         return super().prediction_step(model, inputs, *args, **kwargs)
 
-    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
+    ) -> None:
         done = self.state.global_step
         stepped = bool(self._micro)  # upstream calls this once more at the end of an epoch
         if stepped:
@@ -165,7 +170,9 @@ class RunTrainer:
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
         self._channel.send("phase", phase="train")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         folder = Path(resume_from_checkpoint)
         if state.data_fingerprint(folder) != self._rows.fingerprint:
             raise DataError(
@@ -177,7 +184,10 @@ class RunTrainer:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_optimizer(
-                Path(checkpoint), model=self.model, optimizer=self.optimizer.optimizer, scheduler=self.lr_scheduler
+                Path(checkpoint),
+                model=self.model,
+                optimizer=self.optimizer.optimizer,
+                scheduler=self.lr_scheduler,
             )
 
     def _load_scaler(self, checkpoint: str | None) -> None:

@@ -2,7 +2,7 @@
 
 Python imports this module at start when its folder is on PYTHONPATH. `KILL_AT=module:attribute:count:who`
 names a function, the call that dies (from 1) and who dies with it: `self`, or `tree` for this process and its
-parent, the supervisor of a trainer. `KILL_ONCE` is a file whose creation arms it, so that only the first process that comes there dies.
+parent, the supervisor of a trainer. `KILL_ONCE` is a file that the first to come there creates: only it dies.
 """
 
 import importlib.abc

@@ -2,7 +2,7 @@
 
 People bring jobs from LLaMA-Factory, Axolotl, ms-swift, TRL's command line and older transformers. A key that
 one of those would understand is answered with ours wherever it stands. Names that upstream still has at the
-same place are not here, nor are names that only stand in the wrong section, which `runner.check` finds.
+same place are not here, nor are names that only stand in the wrong section, which `runner.job.check` finds.
 """
 
 from __future__ import annotations

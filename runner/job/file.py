@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from runner.errors import AccessDenied, JobError, Problem
-from runner.yaml_source import MAX_CHARACTERS
+from runner.job.yaml_source import MAX_CHARACTERS
 
 LARGEST = 4 * MAX_CHARACTERS
 """Bytes; UTF-8 needs at most four for a character."""

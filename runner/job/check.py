@@ -1,9 +1,9 @@
 """Judges a merged job: all problems at once, each with a reason, a remedy and, where known, the right name.
 
-    secrets   runner.secrets   what looks like a credential, by value or by key
-    shape     runner.shape     unknown keys, types, choices and ranges, against runner/schema/job.json
+    secrets   runner.job.secrets   what looks like a credential, by value or by key
+    shape     runner.job.shape     unknown keys, types, choices and ranges, against runner/schema/job.json
     roles     here             columns that a format does not have
-    matrix    runner.matrix    combinations that cannot work
+    matrix    runner.job.matrix    combinations that cannot work
 
 Then the `Job` is built; its own validation repeats the shape in pydantic, and has the last word.
 """
@@ -14,17 +14,17 @@ import functools
 import itertools
 import json
 from collections.abc import Iterator
-from pathlib import Path as File
 from typing import Any
 
 from pydantic import ValidationError
 
-from runner import foreign, matrix
+from runner.job import foreign, matrix
+from runner.job.ownership import OWNED
+from runner.job.secrets import has_secret, names_secret
+from runner.job.shape import MAX_FINDINGS, Finding, Judge, closest
+from runner.job.yaml_source import Path, show_path
 from runner.manifest import ROLES, Job
-from runner.ownership import OWNED
-from runner.secrets import has_secret, names_secret
-from runner.shape import MAX_FINDINGS, Finding, Judge, closest
-from runner.yaml_source import Path, show_path
+from runner.schema import job_schema_text
 
 
 def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, list[Finding]]:
@@ -60,7 +60,7 @@ def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, lis
 @functools.cache
 def job_schema() -> dict[str, Any]:
     """The generated JSON Schema of a job."""
-    schema: dict[str, Any] = json.loads((File(__file__).parent / "schema" / "job.json").read_text("utf-8"))
+    schema: dict[str, Any] = json.loads(job_schema_text())
     return schema
 
 

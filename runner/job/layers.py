@@ -14,12 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner import check
 from runner.errors import Problem, UsageError
-from runner.job_file import read_job_file
-from runner.secrets import mask
-from runner.shape import kind_of
-from runner.yaml_source import Document, Path, parse, parse_value, show_path
+from runner.job import check
+from runner.job.file import read_job_file
+from runner.job.secrets import mask
+from runner.job.shape import kind_of
+from runner.job.yaml_source import Document, Path, parse, parse_value, show_path
 
 PREFIX = "JOB__"
 DELIMITER = "__"

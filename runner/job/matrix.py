@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.shape import Finding, show
+from runner.job.shape import Finding, show
 
 Section = dict[str, Any]
 

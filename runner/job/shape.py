@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from runner.secrets import mask
-from runner.yaml_source import AMBIGUOUS, Path, scalar
+from runner.job.secrets import mask
+from runner.job.yaml_source import AMBIGUOUS, Path, scalar
 
 KINDS = {
     "null": "null",

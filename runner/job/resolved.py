@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
+from runner.job.yaml_source import AMBIGUOUS, Path, scalar, show_path
 from runner.settings import Resolved
-from runner.yaml_source import AMBIGUOUS, Path, scalar, show_path
 
 WIDTH = 72
 """Column of the comments."""
