@@ -4,9 +4,9 @@
     -> verify, plan, spawn, commit what is published -> verdict: once more | done | stop
     -> result.json
 
-Everything of a run lies in `runs/<name>/` (`runner.run_folder`). Exit codes other than 0 are raised as
-exceptions (`runner.errors`), after result.json says the same. How a child is watched is `runner.ranks`;
-what follows when it ends is `runner.verdict`; what is committed is `runner.checkpoint.local`.
+Everything of a run lies in `runs/<name>/`. Exit codes other than 0 are raised as exceptions
+(`runner.errors`), after result.json says the same. How a child is watched and what follows when it ends is in
+`runner.supervisor`; what is committed in `runner.checkpoint.local`.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import attempt, events, fetch, identity, result
-from runner.attempt import TRAINER, Ended, Seen
+from runner import events
 from runner.checkpoint.local import LocalStore
 from runner.durable import disk, write_text
 from runner.errors import DataError, Preempted, RunnerError
-from runner.evaluation import evaluate
 from runner.events import Event, EventLog
-from runner.fetching import fetched
-from runner.identity import Identity
 from runner.job.resolved import resolved_yaml
 from runner.manifest import Job
 from runner.plan import Fetched, Geometry, Plan, geometry
-from runner.progress import Screen, change_lines, duration
-from runner.ranks import Notices
-from runner.run_folder import RunFolder
 from runner.settings import Resolved
-from runner.verdict import History, Outcome, final_error
+from runner.supervisor import attempt, fetch, identity, result
+from runner.supervisor.attempt import TRAINER, Ended, Seen
+from runner.supervisor.evaluation import evaluate
+from runner.supervisor.fetching import fetched
+from runner.supervisor.identity import Identity
+from runner.supervisor.progress import Screen, change_lines, duration
+from runner.supervisor.ranks import Notices
+from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.verdict import History, Outcome, final_error
 
 __all__ = ["evaluate", "train"]
 

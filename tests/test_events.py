@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from runner import events, result
+from runner import events
 from runner.events import LONGEST, EventLog, LineReader
-from runner.progress import Screen, change_lines, duration, metric_lines
+from runner.supervisor import result
+from runner.supervisor.progress import Screen, change_lines, duration, metric_lines
 
 
 class Clock:

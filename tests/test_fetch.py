@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 
 import pytest
 
-from runner import fetch
 from runner.errors import AccessDenied, DataError, StorageError
-from runner.fetch import Answer, Request, cache_folder, fingerprint, key, place, read_answer
-from runner.hub import Kind
 from runner.manifest import Job
+from runner.supervisor import fetch
+from runner.supervisor.fetch import Answer, Request, cache_folder, fingerprint, key, place, read_answer
+from runner.supervisor.hub import Kind
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -218,7 +218,7 @@ def run_fetch(folder: Path, request: Request, environ: dict[str, str]) -> tuple[
     asked, answer = folder / "request.json", folder / "answer.json"
     asked.write_text(request.model_dump_json())
     answer.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "runner.fetch", str(asked), str(answer)]
+    command = [sys.executable, "-m", "runner.supervisor.fetch", str(asked), str(answer)]
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=60)
     return done.returncode, read_answer(answer), done.stderr
 
@@ -253,7 +253,7 @@ def test_hub_gives_folders_and_commits_and_a_pin_outlives_the_branch(
 def test_every_kind_of_no_has_its_exit_code(tmp_path: Path, hub: dict[str, str]) -> None:
     script = """
 import json, sys
-from runner import hub
+from runner.supervisor import hub
 from runner.errors import RunnerError
 for kind, path, revision in json.loads(sys.argv[1]):
     try:

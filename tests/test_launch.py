@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from runner import events, fetching, launch
+from runner import events, launch
 from runner.checkpoint.local import Head, LocalStore
 from runner.errors import (
     AccessDenied,
@@ -30,7 +30,8 @@ from runner.errors import (
     StorageError,
 )
 from runner.settings import resolve
-from runner.verdict import Crash, History, Outcome, final_error
+from runner.supervisor import fetching
+from runner.supervisor.verdict import Crash, History, Outcome, final_error
 
 RANK = Path(__file__).with_name("fake_rank.py")
 

@@ -22,6 +22,7 @@ SIGNATURES = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_scaler": ["self", "checkpoint"],
     "_load_rng_state": ["self", "checkpoint"],
+    "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""The supervisor's side of `runner.fetch`: run it as a child and read its answer."""
+"""The supervisor's side of `runner.supervisor.fetch`: run it as a child and read its answer."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from runner.attempt import last_error
 from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.events import Event
-from runner.fetch import Answer, Request, read_answer
-from runner.ranks import Notices, watch
+from runner.supervisor.attempt import last_error
+from runner.supervisor.fetch import Answer, Request, read_answer
+from runner.supervisor.ranks import Notices, watch
 
-FETCHER = (sys.executable, "-m", "runner.fetch")
+FETCHER = (sys.executable, "-m", "runner.supervisor.fetch")
 
 
 def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Event], None]) -> Answer:
@@ -25,7 +25,7 @@ def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Eve
         say: takes the events of the download.
 
     Raises:
-        DataError, AccessDenied, StorageError: as `runner.fetch.fetch` does.
+        DataError, AccessDenied, StorageError: as `runner.supervisor.fetch.fetch` does.
         Preempted: asked to stop; what was downloaded stays in the cache.
         RunnerError: the process crashed.
     """

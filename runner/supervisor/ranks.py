@@ -1,6 +1,6 @@
 """One child process of the supervisor: started so that it cannot outlive it, watched until it is gone.
 
-    supervisor                                   child (`runner.train`, or `runner.fetch`)
+    supervisor                                   child (`runner.train`, or `runner.supervisor.fetch`)
       RUNNER_EVENTS_FD     <- JSON lines -         what it does
       RUNNER_LIFELINE_FD   - held open ->          its end means: kill yourself
       PDEATHSIG (Linux)    - by the kernel ->      the same, without its help

@@ -1,6 +1,6 @@
 """A snapshot of a hub repository, and the one place where the hub's exceptions become exit codes.
 
-Without a network, what the cache has whole is taken. Only `runner.fetch` calls this.
+Without a network, what the cache has whole is taken. Only `runner.supervisor.fetch` calls this.
 """
 
 from __future__ import annotations

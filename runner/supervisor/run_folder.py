@@ -1,17 +1,17 @@
 """`runs/<name>/`: where everything of a run lies, and the lock that one supervisor holds on it.
 
 job.yaml        the job as it runs, with the source of every value
-run.json        what defines the run (`runner.identity`)
+run.json        what defines the run (`runner.supervisor.identity`)
 plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)
-fetch/          what was asked of `runner.fetch`, and its answer
-attempts/<n>/   one trainer each (`runner.attempt`)
+fetch/          what was asked of `runner.supervisor.fetch`, and its answer
+attempts/<n>/   one trainer each (`runner.supervisor.attempt`)
 outbox/         checkpoints that are published and not yet committed
 checkpoints/    the committed ones (`runner.checkpoint.local`)
 evaluation/     metrics, and every prediction
 steps.jsonl     every optimizer step, when training is done
 adapter/        what was trained
-result.json     how it ended (`runner.result`)
+result.json     how it ended (`runner.supervisor.result`)
 """
 
 from __future__ import annotations

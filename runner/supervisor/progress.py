@@ -2,7 +2,7 @@
 
 `Screen.show` takes every event of a run (`runner.events`) and decides what is worth a line. Nothing is
 decided from what is shown, and a terminal or pipe that goes away costs the display only. Rich draws the
-bar, from this thread alone: PDEATHSIG and fork want one thread (`runner.ranks`).
+bar, from this thread alone: PDEATHSIG and fork want one thread (`runner.supervisor.ranks`).
 """
 
 from __future__ import annotations

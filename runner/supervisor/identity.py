@@ -61,9 +61,9 @@ class Identity(BaseModel):
     job: dict[str, Any]
     """The job of the first attempt, whole."""
     pins: dict[str, str]
-    """Commits of hub repositories, by `runner.fetch.key`."""
+    """Commits of hub repositories, by `runner.supervisor.fetch.key`."""
     fingerprints: dict[str, str]
-    """Of local paths, by `runner.fetch.fingerprint`."""
+    """Of local paths, by `runner.supervisor.fetch.fingerprint`."""
     versions: dict[str, str]
     """Packages of the first attempt, for the record and for one warning."""
 

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 from runner.durable import disk, write_json, write_text
 from runner.events import Event
 from runner.plan import Plan
-from runner.progress import printable
-from runner.ranks import Exit, Notices, watch
-from runner.verdict import Crash, Outcome
+from runner.supervisor.progress import printable
+from runner.supervisor.ranks import Exit, Notices, watch
+from runner.supervisor.verdict import Crash, Outcome
 
 TRAINER = (sys.executable, "-m", "runner.train")
 """The command that takes the path of a plan; tests give their own."""

@@ -1,8 +1,8 @@
-"""Brings what a job names to this machine: `python -m runner.fetch REQUEST ANSWER`.
+"""Brings what a job names to this machine: `python -m runner.supervisor.fetch REQUEST ANSWER`.
 
     demo:charts                         built by `runner.demo` into the cache
     ./data, /data/x, ~/x, rows.jsonl    must be there
-    organisation/name                   from the hub (`runner.hub`), at one commit
+    organisation/name                   from the hub (`runner.supervisor.hub`), at one commit
 
 It is a process of its own, so that the supervisor stays small and Ctrl-C in a long download is nothing
 special: what was downloaded stays in the hub's cache. The request is the job and the commits that earlier
@@ -23,12 +23,13 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from runner import demo, hub
+from runner import demo
 from runner.durable import disk, write_text
 from runner.errors import AccessDenied, DataError, RunnerError, StorageError
-from runner.hub import Kind, Say
 from runner.manifest import Job
 from runner.plan import Fetched
+from runner.supervisor import hub
+from runner.supervisor.hub import Kind, Say
 
 TABLES = (".parquet", ".jsonl", ".json", ".csv")
 """Endings of a dataset that is one file."""

@@ -20,19 +20,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from runner import attempt, fetch, identity
-from runner.attempt import TRAINER, Seen
 from runner.durable import disk, write_json
 from runner.errors import DataError, JobError, Preempted, Problem, RunnerError
 from runner.events import Event
-from runner.fetching import fetched
 from runner.manifest import Job
 from runner.plan import Plan, geometry
-from runner.progress import Screen, metric_lines
-from runner.ranks import Notices
-from runner.run_folder import RunFolder
 from runner.settings import Resolved
-from runner.verdict import final_error
+from runner.supervisor import attempt, fetch, identity
+from runner.supervisor.attempt import TRAINER, Seen
+from runner.supervisor.fetching import fetched
+from runner.supervisor.progress import Screen, metric_lines
+from runner.supervisor.ranks import Notices
+from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.verdict import final_error
 
 BASE = "base"
 OWN = "adapter"

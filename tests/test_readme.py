@@ -1,0 +1,92 @@
+"""The README is true: every command in it runs, and the demo does what it promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+BIN = Path(sys.executable).parent
+BLOCKS = dict.fromkeys(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+LIGHT = [command for command in COMMANDS if not command.startswith("make")]
+
+
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """As a person types it, with this environment's runner."""
+    return subprocess.run(
+        ["bash", "-c", command.replace(".venv/bin/", f"{BIN}/")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the reader saved the README's job."""
+    folder = tmp_path_factory.mktemp("reader")
+    jobs = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    assert len(jobs) == 1
+    (folder / "my-job.yaml").write_text(jobs[0])
+    return folder
+
+
+def test_it_is_short_enough_to_read() -> None:
+    assert len(README.splitlines()) <= 150
+
+
+def test_the_commands_were_found() -> None:
+    assert {"make train JOB=jobs/demo-sft.yaml", "make test"} <= set(COMMANDS)
+    assert len(LIGHT) >= 6
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+    """In order, in one folder: what `train` leaves is what `evaluate` reads."""
+    done = shell(command, folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_job_of_the_readme_leaves_what_the_readme_lists(folder: Path) -> None:
+    listed = re.search(r"runs/<name>/\n(.*?)```", README, re.DOTALL)
+    assert listed is not None
+    names = re.findall(r"^  (\S+)", listed[1], re.MULTILINE)
+    assert "result.json" in names
+    for name in names:
+        assert list((folder / "runs" / "my-charts").glob(name.replace("<n>", "*"))), name
+
+
+def test_the_adapter_loads_with_plain_peft(folder: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    from runner.demo import resolve_model
+
+    base = AutoModelForImageTextToText.from_pretrained(resolve_model("demo:smolvlm-tiny"))
+    adapted = PeftModel.from_pretrained(base, folder / "runs" / "my-charts" / "adapter")
+    moved = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+    assert moved
+    assert any(p.abs().sum() > 0 for p in moved)
+
+
+def test_the_demo_learns_to_read_charts(tmp_path: Path) -> None:
+    """At most 0.35 before, at least 0.80 after, on 200 charts or more that training never saw."""
+    done = shell(f'make -C "{ROOT}" train JOB=jobs/demo-sft.yaml SET="--runs {tmp_path}"', tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "demo-sft" / "result.json").read_text())
+    before = result["metrics"]["before"]["relaxed_accuracy"]
+    after = result["metrics"]["after"]["relaxed_accuracy"]
+    assert before["n"] == after["n"] >= 200
+    assert before["overall"] <= 0.35
+    assert after["overall"] >= 0.80
+    assert result["facts"]["parts"]["language_model"]["linear4bit"] > 0
+    assert f"{before['overall']:.2f} -> {after['overall']:.2f}" in done.stdout
