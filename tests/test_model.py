@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from runner.demo import resolve_model
-from runner.errors import DataError, JobError
+from runner.errors import DataError, JobError, RunnerError
 from runner.manifest import Job
 from runner.train import model as models
 from runner.train.architectures import ARCHITECTURES, parts
@@ -39,6 +39,13 @@ def job(**changes: Any) -> Job:
             **changes,
         }
     )
+
+
+def watch_backward(part: torch.nn.Module, calls: list[str]) -> None:
+    """Note the class of every layer of a part in which a backward pass arrives."""
+    for module in part.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.LayerNorm)):
+            module.register_full_backward_hook(lambda module, *_: calls.append(type(module).__name__))
 
 
 def batch(model: torch.nn.Module, processor: Any) -> dict[str, torch.Tensor]:
@@ -101,8 +108,7 @@ def test_a_frozen_tower_and_projector_receive_no_backward_call(folder: str) -> N
     where = parts("idefics3")
     base = model.get_base_model()
     for path in (where.vision_tower, where.projector):
-        for name, module in base.get_submodule(path).named_modules(prefix=path):
-            module.register_full_backward_hook(lambda *_, name=name: calls.append(name))
+        watch_backward(base.get_submodule(path), calls)
     model(**batch(model, models.load_processor(it, folder))).loss.backward()
     assert calls == []
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -116,9 +122,10 @@ def test_the_backward_hook_of_that_test_fires_when_the_tower_trains(folder: str)
     assert counted["projector"]["adapted"] > 0
     calls: list[str] = []
     tower = model.get_base_model().get_submodule(parts("idefics3").vision_tower)
-    tower.register_full_backward_hook(lambda *_: calls.append("tower"))
+    watch_backward(tower, calls)
+    model.enable_input_require_grads()
     model(**batch(model, models.load_processor(it, folder))).loss.backward()
-    assert calls == ["tower"]
+    assert {"Linear", "LayerNorm"} <= set(calls)
 
 
 def test_freezing_changes_no_number(folder: str) -> None:
@@ -146,6 +153,24 @@ def test_without_an_adapter_all_but_the_frozen_parts_train(folder: str) -> None:
     counted = models.describe(model)["parts"]
     assert counted["vision_tower"]["trainable"] == counted["projector"]["trainable"] == 0
     assert counted["language_model"]["trainable"] > 0
+
+
+def test_a_given_skip_list_is_added_to_what_is_frozen(folder: str) -> None:
+    it = job(quantization={**FOUR_BIT, "llm_int8_skip_modules": ["model.text_model.layers.0"]})
+    model = models.load_base(it, folder)
+    quantized = [name for name, module in model.named_modules() if isinstance(module, Linear4bit)]
+    assert quantized
+    assert not any(
+        name.startswith(("model.text_model.layers.0.", "model.vision", "lm_head")) for name in quantized
+    )
+    models.check_frozen(model, ["vision_tower", "projector"])
+
+
+def test_a_frozen_part_that_is_not_is_found_on_the_model(folder: str) -> None:
+    model = models.load_base(job(quantization=None), folder)
+    model.get_submodule(parts("idefics3").projector).requires_grad_(True)
+    with pytest.raises(RunnerError, match="projector"):
+        models.check_frozen(model, ["vision_tower", "projector"])
 
 
 def test_the_jobs_own_exclusions_hold_beside_the_frozen_parts(folder: str) -> None:

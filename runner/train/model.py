@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_processing_backends import PilBackend
 
-from runner.errors import DataError, JobError, Problem
+from runner.errors import DataError, JobError, Problem, RunnerError
 from runner.manifest import Job
 from runner.train.architectures import Parts, parts
 
@@ -123,7 +123,12 @@ def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
     if job.quantization is None:
         return None
     options = dict(job.quantization)
-    options.setdefault("llm_int8_skip_modules", [*where.of(list(job.model.freeze)), where.lm_head])
+    skipped = [
+        *(options.get("llm_int8_skip_modules") or []),
+        *where.of(list(job.model.freeze)),
+        where.lm_head,
+    ]
+    options["llm_int8_skip_modules"] = list(dict.fromkeys(skipped))
     if options.get("load_in_4bit"):
         options.setdefault("bnb_4bit_compute_dtype", job.model.dtype)  # upstream's default is float32
     try:
@@ -209,6 +214,20 @@ def float32_trainable(model: torch.nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def check_frozen(model: torch.nn.Module, frozen: list[str]) -> None:
+    """Look at the modules themselves, before hours are spent on them.
+
+    Raises:
+        RunnerError: a frozen part holds a quantized module, an adapter or a trainable parameter.
+    """
+    counted = describe(model)["parts"]
+    for part in frozen:
+        if any(counted[part].values()):
+            raise RunnerError(
+                f"model: the frozen {part} is not frozen, it holds {counted[part]}; a defect of ours"
+            )
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any]:

@@ -6,11 +6,9 @@ guarded here, so that an attempt that resumes goes on with the numbers of the on
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import shutil
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from peft import PeftModel
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
 
-from runner.durable import write_json
+from runner.durable import write_text
 from runner.errors import Preempted, RunnerError
 from runner.plan import Plan, total_steps
 from runner.train import model as models
@@ -30,7 +28,7 @@ from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.collator import Collator
 from runner.train.data import Rows, load
-from runner.train.evaluate import Evaluation, evaluate
+from runner.train.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions
 from runner.train.trainer import SftRun, sft
 
@@ -66,7 +64,8 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         base = models.load_base(plan.job, plan.fetched.model)
         set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         model = base if plan.job.lora is None else models.add_adapter(base, plan.job)
-        evaluator = Evaluator(plan, channel, model, prepared)
+        models.check_frozen(model, list(plan.job.model.freeze))
+        evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
         before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator)
         facts = _facts(plan, model, trainer, prepared)
@@ -99,7 +98,8 @@ def evaluate_only(plan: Plan, channel: Channel) -> dict[str, Any]:
     if plan.adapter is not None:
         model = models.load_adapter(model, plan.adapter)
     label = "base" if plan.adapter is None else "adapter"
-    metrics = Evaluator(plan, channel, model, prepared).run(label, "evaluate", step=0)
+    evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
+    metrics = evaluator.run(label, "evaluate", step=0)
     return {"step": 0, "steps": 0, "metrics": {label: metrics}, "facts": models.describe(model)}
 
 
@@ -148,85 +148,6 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
 
 def _collator(plan: Plan, processor: ProcessorMixin, rows: Rows) -> Collator:
     return Collator(processor, rows.form, models.DTYPES[plan.job.model.dtype])
-
-
-def _precision(plan: Plan) -> AbstractContextManager[Any]:
-    """The precision that training runs in, for a forward outside the trainer."""
-    dtype = models.DTYPES[plan.job.model.dtype]
-    if dtype is torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(models.device().type, dtype=dtype)
-
-
-class Evaluator:
-    """Generation on the evaluation rows, its files and its events."""
-
-    def __init__(self, plan: Plan, channel: Channel, model: torch.nn.Module, prepared: Prepared) -> None:
-        self._plan = plan
-        self._channel = channel
-        self._model = model
-        self._prepared = prepared
-        self._folder = plan.run_dir / "evaluation"
-
-    def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the base model, kept from an earlier attempt where it got so far."""
-        job = self._plan.job
-        if job.evaluation is None or not job.evaluation.baseline:
-            return None
-        kept = self._folder / "before.json"
-        if kept.exists():
-            saved = json.loads(kept.read_text(encoding="utf-8"))
-            if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
-                metrics: dict[str, Any] = saved["metrics"]
-                return metrics
-        adapter_off = (
-            self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
-        )
-        with adapter_off:
-            return self.run("before", "evaluate_before", step=0)
-
-    def during(self, step: int) -> None:
-        """Metrics at a step; a request to stop ends it early and is answered by the next step."""
-        with contextlib.suppress(Preempted):
-            self.run(f"step-{step:08d}", "evaluate", step=step, when="during")
-        self._channel.send("phase", phase="train")
-
-    def run(self, label: str, phase: str, step: int, when: str | None = None) -> dict[str, Any] | None:
-        """Generate, score, write `evaluation/<label>.json` and its predictions, tell the supervisor.
-
-        Raises:
-            Preempted: asked to stop.
-        """
-        plan, rows = self._plan, self._prepared.eval_rows
-        if plan.job.evaluation is None or rows is None:
-            return None
-        self._channel.send("phase", phase=phase)
-        with _precision(plan):
-            result = evaluate(
-                self._model,
-                self._prepared.processor,
-                rows,
-                plan.job.evaluation,
-                on_progress=lambda done, total: self._channel.send(
-                    "progress", phase=phase, done=done, total=total
-                ),
-                should_stop=self._channel.stop_requested,
-            )
-        if result is None:
-            raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
-        self._write(label, result)
-        self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
-        return result.metrics
-
-    def _write(self, label: str, result: Evaluation) -> None:
-        assert self._plan.job.evaluation is not None
-        self._folder.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
-        (self._folder / f"{label}.predictions.jsonl").write_text(lines, encoding="utf-8")
-        spec = self._plan.job.evaluation.model_dump(mode="json")
-        write_json(
-            self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics}
-        )
 
 
 def _trainer(
@@ -291,7 +212,7 @@ def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: Pro
 
 
 def _write_steps(path: Path, steps: list[state.Step]) -> None:
-    path.write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps), encoding="utf-8")
+    write_text(path, "".join(json.dumps(asdict(step)) + "\n" for step in steps))
 
 
 def _numbers(plan: Plan, prepared: Prepared, trainer: SftRun) -> dict[str, Any]:

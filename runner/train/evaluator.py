@@ -1,0 +1,113 @@
+"""Evaluation as a stage of a run: when it is due, in which precision, what it writes and tells.
+
+    evaluation/before.json, after.json, step-<n>.json    metrics, and the part of the job that they hold for
+    evaluation/<label>.predictions.jsonl                 every row: question, truth, prediction, verdicts
+
+How an answer is generated is `runner.train.evaluate`'s, what right means `runner.train.metrics`'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import ProcessorMixin
+
+from runner.durable import write_json, write_text
+from runner.errors import Preempted
+from runner.plan import Plan
+from runner.train import model as models
+from runner.train.channel import Channel
+from runner.train.data import Rows
+from runner.train.evaluate import Evaluation, evaluate
+
+
+class Evaluator:
+    """Generation on the evaluation rows, its files and its events."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        channel: Channel,
+        model: torch.nn.Module,
+        processor: ProcessorMixin,
+        rows: Rows | None,
+    ) -> None:
+        self._plan = plan
+        self._channel = channel
+        self._model = model
+        self._processor = processor
+        self._rows = rows
+        self._folder = plan.run_dir / "evaluation"
+
+    def baseline(self) -> dict[str, Any] | None:
+        """Metrics of the base model, kept from an earlier attempt where it got so far."""
+        job = self._plan.job
+        if job.evaluation is None or not job.evaluation.baseline:
+            return None
+        kept = self._folder / "before.json"
+        if kept.exists():
+            saved = json.loads(kept.read_text(encoding="utf-8"))
+            if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
+                metrics: dict[str, Any] = saved["metrics"]
+                return metrics
+        adapter_off = (
+            self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
+        )
+        with adapter_off:
+            return self.run("before", "evaluate_before", step=0)
+
+    def during(self, step: int) -> None:
+        """Metrics at a step; a request to stop ends it early and is answered by the next step."""
+        with contextlib.suppress(Preempted):
+            self.run(f"step-{step:08d}", "evaluate", step=step, when="during")
+        self._channel.send("phase", phase="train")
+
+    def run(self, label: str, phase: str, step: int, when: str | None = None) -> dict[str, Any] | None:
+        """Generate, score, write `evaluation/<label>.json` and its predictions, tell the supervisor.
+
+        Raises:
+            Preempted: asked to stop.
+        """
+        plan, rows = self._plan, self._rows
+        if plan.job.evaluation is None or rows is None:
+            return None
+        self._channel.send("phase", phase=phase)
+        with _precision(plan):
+            result = evaluate(
+                self._model,
+                self._processor,
+                rows,
+                plan.job.evaluation,
+                on_progress=lambda done, total: self._channel.send(
+                    "progress", phase=phase, done=done, total=total
+                ),
+                should_stop=self._channel.stop_requested,
+            )
+        if result is None:
+            raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
+        self._write(label, result)
+        self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
+        return result.metrics
+
+    def _write(self, label: str, result: Evaluation) -> None:
+        assert self._plan.job.evaluation is not None
+        self._folder.mkdir(exist_ok=True)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
+        write_text(self._folder / f"{label}.predictions.jsonl", lines)
+        spec = self._plan.job.evaluation.model_dump(mode="json")
+        write_json(
+            self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics}
+        )
+
+
+def _precision(plan: Plan) -> AbstractContextManager[Any]:
+    """The precision that training runs in, for a forward outside the trainer."""
+    dtype = models.DTYPES[plan.job.model.dtype]
+    if dtype is torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(models.device().type, dtype=dtype)
