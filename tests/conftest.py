@@ -56,6 +56,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "TOKENIZERS_PARALLELISM": "false",
         # The same sums on every machine: float addition depends on how many threads share it.
         "OMP_NUM_THREADS": "2",
+        # As the supervisor sets it for trainers: no spinning where other work needs the core.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "HTTP_PROXY": CLOSED_PORT,
         "HTTPS_PROXY": CLOSED_PORT,
         "ALL_PROXY": CLOSED_PORT,

@@ -46,18 +46,23 @@ RUN = merged(
 )
 """20 rows, batches of 8 in micro-batches of 2: 3 steps an epoch, 9 in all; saved at 2, 4, 6, 8 and 9."""
 
-POINTS = {
-    "mid-accumulation": "transformers.trainer:Trainer.training_step:11:self",
-    "mid-accumulation, the whole tree": "transformers.trainer:Trainer.training_step:18:tree",
-    "before the optimizer step": "runner.train.trainer:RunTrainer._record:5:tree",
-    "in a save": "runner.train.state:save_file:8:tree",
-    "between a save and its publication": "runner.train.trainer:publish:2:self",
-    "in the supervisor's commit": "runner.checkpoint.local:write_json:4:self",
-    "in the evaluation before training": "runner.train.evaluate:_generate:1:tree",
-    "in an evaluation during training": "runner.train.evaluate:_generate:3:self",
-    "between the last save and the end": "runner.train.run:_export:1:tree",
-    "in the evaluation after training": "runner.train.evaluate:_generate:4:tree",
+TRAINER = {
+    "mid-accumulation, step 3": "transformers.trainer:Trainer.training_step:11:self",
+    "between the save of step 6 and its publication": "runner.train.trainer:publish:2:self",
+    "in the evaluation at step 6": "runner.train.evaluate:_generate:1:self",
 }
+"""In this order; the supervisor lives, starts the next attempt from the newest checkpoint, and goes on."""
+
+TREE = {
+    "in the evaluation before training": "runner.train.evaluate:_generate:1:tree",
+    "mid-accumulation, step 5": "transformers.trainer:Trainer.training_step:18:tree",
+    "in the save of step 6": "runner.train.state:save_file:2:tree",
+    "in the supervisor's commit": "runner.checkpoint.local:write_json:1:self",
+    "after an optimizer step, before its record": "runner.train.trainer:RunTrainer._record:2:tree",
+    "between the last save and the end": "runner.train.run:_export:1:tree",
+    "in the evaluation after training": "runner.train.evaluate:_generate:1:tree",
+}
+"""In this order; trainer and supervisor die together, and the same command is given again."""
 
 
 def command(job: Path, runs: Path) -> list[str]:
@@ -107,23 +112,37 @@ def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     return left
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_at_a_point_it_ends_with_the_same_bytes(
-    point: str, job: Path, undisturbed: dict[str, bytes], tmp_path: Path
+def killing(points: dict[str, str], marks: Path) -> dict[str, str]:
+    """The environment in which processes die at `points`, one after the other."""
+    marks.mkdir()
+    return {"PYTHONPATH": str(KILLPOINT), "KILL_AT": ";".join(points.values()), "KILLED": str(marks)}
+
+
+def test_a_trainer_killed_again_and_again_ends_with_the_same_bytes(
+    job: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    armed = tmp_path / "fired"
-    kill = {"PYTHONPATH": str(KILLPOINT), "KILL_AT": POINTS[point], "KILL_ONCE": str(armed)}
-    runs = tmp_path / "runs"
-    first = start(job, runs, **kill)
-    printed, _ = first.communicate()
-    assert armed.exists(), f"nothing died:\n{printed}"
-    if first.returncode != 0:
-        assert first.returncode == -signal.SIGKILL, printed
-        again = subprocess.run(command(job, runs), capture_output=True, text=True)
-        assert again.returncode == 0, again.stdout + again.stderr
-    assert left_behind(runs) == undisturbed
-    assert result(runs)["outcome"] == "done"
-    assert result(runs)["attempts"] == 2
+    process = start(job, tmp_path, **killing(TRAINER, tmp_path / "marks"))
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
+    assert len(list((tmp_path / "marks").iterdir())) == len(TRAINER), printed
+    assert left_behind(tmp_path) == undisturbed
+    assert result(tmp_path)["attempts"] == len(TRAINER) + 1
+    assert [restart["step"] for restart in result(tmp_path)["restarts"]] == [2, 4, 6]
+
+
+def test_a_tree_killed_again_and_again_ends_with_the_same_bytes(
+    job: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    environment = killing(TREE, tmp_path / "marks")
+    for place in TREE:
+        process = start(job, tmp_path, **environment)
+        printed, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{place}: nothing died:\n{printed}"
+    last = start(job, tmp_path, **environment)
+    printed, _ = last.communicate()
+    assert last.returncode == 0, printed
+    assert left_behind(tmp_path) == undisturbed
+    assert result(tmp_path)["outcome"] == "done"
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(

@@ -1,28 +1,27 @@
-"""Test only: kills this process, with a real SIGKILL, inside a named function of the real trainer.
+"""Test only: kills this process, with a real SIGKILL, inside a named function of the real runner.
 
-Python imports this module at start when its folder is on PYTHONPATH. `KILL_AT=module:attribute:count:who`
-names a function, the call that dies (from 1) and who dies with it: `self`, or `tree` for this process and its
-parent, the supervisor of a trainer. `KILL_ONCE` is a file that the first to come there creates: only it dies.
+Python imports this module at start when its folder is on PYTHONPATH. `KILL_AT` is a list, with semicolons, of
+`module:attribute:count:who`: a function, the call that dies (from 1, in this process) and who dies with it:
+`self`, or `tree` for this process and its parent, the supervisor of a trainer. `KILLED` is a folder that
+keeps a file for every point that has killed; a process arms the first point that has none.
 """
 
 import importlib.abc
 import importlib.machinery
 import os
+import pathlib
 import signal
 import sys
 
 
-def _die(who):
-    try:
-        os.close(os.open(os.environ["KILL_ONCE"], os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        return
+def _die(mark, who):
+    mark.touch()
     if who == "tree":
         os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _arm(module, attribute, count, who):
+def _arm(module, mark, attribute, count, who):
     owner = module
     *parents, name = attribute.split(".")
     for parent in parents:
@@ -34,7 +33,7 @@ def _arm(module, attribute, count, who):
         nonlocal calls
         calls += 1
         if calls == count:
-            _die(who)
+            _die(mark, who)
         return original(*args, **kwargs)
 
     setattr(owner, name, armed)
@@ -60,6 +59,9 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-if "KILL_AT" in os.environ:
-    _module, _attribute, _count, _who = os.environ["KILL_AT"].split(":")
-    sys.meta_path.insert(0, _Finder(_module, _attribute, int(_count), _who))
+for _number, _point in enumerate(os.environ.get("KILL_AT", "").split(";")):
+    _mark = pathlib.Path(os.environ.get("KILLED", ""), str(_number))
+    if _point and not _mark.exists():
+        _module, _attribute, _count, _who = _point.split(":")
+        sys.meta_path.insert(0, _Finder(_module, _mark, _attribute, int(_count), _who))
+        break
