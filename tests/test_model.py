@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
 
 from runner.demo import resolve_model
-from runner.errors import DataError, JobError, RunnerError
+from runner.errors import DataError, JobError
 from runner.manifest import Job
 from runner.train import model as models
 from runner.train.architectures import ARCHITECTURES, parts
@@ -128,6 +128,22 @@ def test_the_backward_hook_of_that_test_fires_when_the_tower_trains(folder: str)
     assert {"Linear", "LayerNorm"} <= set(calls)
 
 
+def test_a_frozen_projector_does_not_cut_off_a_tower_that_trains(folder: str) -> None:
+    it = job(model={"name_or_path": "x", "dtype": "float32", "freeze": ["projector"]}, quantization=None)
+    model = models.add_adapter(models.load_base(it, folder), it)
+    model(**batch(model, models.load_processor(it, folder))).loss.backward()
+    tower = [p for name, p in model.named_parameters() if p.requires_grad and "vision_model" in name]
+    assert tower
+    assert all(p.grad is not None for p in tower)
+    assert models.describe(model)["parts"]["projector"]["adapted"] == 0
+
+
+def test_trained_biases_stay_out_of_frozen_parts(folder: str) -> None:
+    it = job(lora={**LORA, "bias": "all"})
+    model = models.add_adapter(models.load_base(it, folder), it)
+    models.check_frozen(model, ["vision_tower", "projector"])
+
+
 def test_freezing_changes_no_number(folder: str) -> None:
     frozen, free = (
         models.load_base(
@@ -169,7 +185,7 @@ def test_a_given_skip_list_is_added_to_what_is_frozen(folder: str) -> None:
 def test_a_frozen_part_that_is_not_is_found_on_the_model(folder: str) -> None:
     model = models.load_base(job(quantization=None), folder)
     model.get_submodule(parts("idefics3").projector).requires_grad_(True)
-    with pytest.raises(RunnerError, match="projector"):
+    with pytest.raises(JobError, match="projector"):
         models.check_frozen(model, ["vision_tower", "projector"])
 
 

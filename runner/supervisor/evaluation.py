@@ -36,7 +36,9 @@ from runner.supervisor.verdict import final_error
 
 BASE = "base"
 OWN = "adapter"
-_TAKEN = {BASE, OWN, "before", "after"}
+WHOLE = "model"
+"""What a run without LoRA leaves."""
+_TAKEN = {BASE, OWN, WHOLE, "before", "after"}
 
 
 def evaluate(
@@ -45,7 +47,7 @@ def evaluate(
     """Evaluate, keep every prediction, print the metrics. Returns 0.
 
     Args:
-        adapter: a folder, `base`, or None for the run's own.
+        adapter: a folder, `base`, or None for what the run trained.
 
     Raises:
         JobError: the job has nothing to evaluate, or the run's adapter is of another model.
@@ -59,15 +61,21 @@ def evaluate(
     cut = geometry(job)
     folder = RunFolder((runs_dir / job.name).absolute())
     path, label = choose(adapter, folder)
+    whole = folder.path / WHOLE
+    if adapter is None and job.lora is None and whole.is_dir():
+        label = WHOLE
     with folder.locked(), Notices() as notices, contextlib.closing(Screen()) as screen:
         stored = identity.read(folder.identity)
         if stored is not None and path == folder.adapter:
             # Other rows and other limits are welcome here; another base model is not.
             identity.check_job(stored, job, folder.path, sections=("model.*",))
-        screen.line(f"evaluating {'the base model' if path is None else f'the adapter in {path}'}")
+        base = f"the model in {whole}" if label == WHOLE else "the base model"
+        screen.line(f"evaluating {base if path is None else f'the adapter in {path}'}")
         pins = {} if stored is None else stored.pins
         request = fetch.Request(job=job, train=False, pins=pins)
-        answer = fetched(request, folder.fetch, notices, screen.show)
+        sources = fetched(request, folder.fetch, notices, screen.show).fetched
+        if label == WHOLE:
+            sources = sources.model_copy(update={"model": str(whole)})
         number, own = attempt.new_folder(folder.evaluation / "attempts")
         plan = Plan(
             purpose="evaluate",
@@ -76,7 +84,7 @@ def evaluate(
             attempt=number,
             attempt_dir=own,
             geometry=cut,
-            fetched=answer.fetched,
+            fetched=sources,
             adapter=path,
             save_seconds=job.checkpoints.max_loss_seconds,
         )

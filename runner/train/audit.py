@@ -20,14 +20,12 @@ from runner.errors import DataError
 from runner.train.collator import Collator, Row
 from runner.train.data import Rows
 from runner.train.formats import words
+from runner.train.tokens import REFUSALS
 
 SHOWN_CHARACTERS = 60
 """How much of a prompt's end and of an answer a line shows."""
 
 NO_LOSS = -100
-
-REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError)
-"""What processors raise for a batch that they cannot make."""
 
 
 def audit(rows: Rows, collator: Collator, processor: ProcessorMixin, samples: int = 3) -> list[str]:

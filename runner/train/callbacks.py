@@ -3,6 +3,8 @@
 save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on request
 stop   on request, after that save
 
+With `eval_strategy: epoch` the loss is evaluated at the epoch's last step, before that step's save.
+
 Trainer loop, per optimizer step:
     forward and backward of every micro-batch, optimizer.step()
     on_step_end            <- here: decide save and stop
@@ -15,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class SaveAndStop(TrainerCallback):
@@ -51,6 +53,16 @@ class SaveAndStop(TrainerCallback):
         overdue = self._clock() - self._saved_at >= self._save_seconds
         if self.stopped or on_grid or overdue or state.global_step >= state.max_steps:
             control.should_save = True
+        if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
+            # Now, and not after the save: a resume from that checkpoint would skip it.
+            control.should_evaluate = True
+        return control
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        if args.eval_strategy == IntervalStrategy.EPOCH:
+            control.should_evaluate = False
         return control
 
     def on_save(

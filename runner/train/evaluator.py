@@ -14,11 +14,11 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import ProcessorMixin
 
 from runner.durable import write_json, write_text
-from runner.errors import Preempted
+from runner.errors import Preempted, RunnerError
+from runner.manifest import Evaluation as Spec
 from runner.plan import Plan
 from runner.train import model as models
 from runner.train.channel import Channel
@@ -45,7 +45,7 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the base model, kept from an earlier attempt where it got so far."""
+        """Metrics of the model before any adapter, kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
@@ -55,11 +55,7 @@ class Evaluator:
             if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
                 metrics: dict[str, Any] = saved["metrics"]
                 return metrics
-        adapter_off = (
-            self._model.disable_adapter() if isinstance(self._model, PeftModel) else contextlib.nullcontext()
-        )
-        with adapter_off:
-            return self.run("before", "evaluate_before", step=0)
+        return self.run("before", "evaluate_before", step=0)
 
     def during(self, step: int) -> None:
         """Metrics at a step; a request to stop ends it early and is answered by the next step."""
@@ -77,22 +73,31 @@ class Evaluator:
         if plan.job.evaluation is None or rows is None:
             return None
         self._channel.send("phase", phase=phase)
-        with _precision(plan):
-            result = evaluate(
-                self._model,
-                self._processor,
-                rows,
-                plan.job.evaluation,
-                on_progress=lambda done, total: self._channel.send(
-                    "progress", phase=phase, done=done, total=total
-                ),
-                should_stop=self._channel.stop_requested,
-            )
+        try:
+            result = self._generated(rows, plan.job.evaluation, phase)
+        except torch.OutOfMemoryError as error:
+            raise RunnerError(
+                f"{phase.replace('_', ' ')}: out of memory. Remedy: an evaluation.batch_size below "
+                f"{plan.job.evaluation.batch_size}. The device said: {str(error).splitlines()[0]}"
+            ) from error
         if result is None:
             raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
         self._write(label, result)
         self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
         return result.metrics
+
+    def _generated(self, rows: Rows, spec: Spec, phase: str) -> Evaluation | None:
+        with _precision(self._plan):
+            return evaluate(
+                self._model,
+                self._processor,
+                rows,
+                spec,
+                on_progress=lambda done, total: self._channel.send(
+                    "progress", phase=phase, done=done, total=total
+                ),
+                should_stop=self._channel.stop_requested,
+            )
 
     def _write(self, label: str, result: Evaluation) -> None:
         assert self._plan.job.evaluation is not None

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.image_processing_backends import PilBackend
 
-from runner.errors import DataError, JobError, Problem, RunnerError
+from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train.architectures import Parts, parts
 
@@ -105,8 +105,11 @@ def load_base(job: Job, folder: str) -> PreTrainedModel:
             quantization_config=_quantization(job, where),
             device_map={"": device()},
         )
-    except (OSError, ImportError) as error:
-        raise DataError(f"model: cannot load {job.model.name_or_path} from {folder}: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(
+            f"model: cannot load {job.model.name_or_path} from {folder} with attn_implementation "
+            f"{job.model.attn_implementation}: {error}"
+        ) from error
     for module in model.modules():
         if isinstance(module, Linear4bit):
             # In eval mode this path repacks the weight and then runs without autograd: training after an
@@ -146,15 +149,19 @@ def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
 
 
 def freeze(model: PreTrainedModel, paths: list[str]) -> None:
-    """No gradient in the parts at `paths`, and no autograd in their forward.
+    """No gradient in the parts at `paths`, and no autograd in their forward where nothing before them trains.
 
     Input-require-grads hooks make image embeddings require a gradient, so a tower that is merely not
     trained would still run backward (2.2 times the step at SmolVLM's proportions).
     """
     for path in paths:
-        module = model.get_submodule(path)
-        module.requires_grad_(False)
-        module.forward = torch.no_grad()(module.forward)
+        model.get_submodule(path).requires_grad_(False)
+    where = parts(model.config.model_type)
+    for path in paths:
+        # The projector lies behind the tower: without autograd it would cut off a tower that trains.
+        if path == where.vision_tower or where.vision_tower in paths:
+            module = model.get_submodule(path)
+            module.forward = torch.no_grad()(module.forward)
 
 
 def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
@@ -171,7 +178,7 @@ def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
     options["exclude_modules"] = _exclude(options.get("exclude_modules"), frozen)
     try:
         adapted = get_peft_model(model, LoraConfig(**options))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ImportError) as error:
         raise JobError(
             [
                 Problem(
@@ -181,6 +188,8 @@ def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
                 )
             ]
         ) from error
+    for path in frozen:  # `bias: all` unfreezes what it does not adapt
+        adapted.get_base_model().get_submodule(path).requires_grad_(False)
     # The adapter must load wherever the base model is known by its public name, not by this machine's folder.
     adapted.peft_config["default"].base_model_name_or_path = job.model.name_or_path
     adapted.peft_config["default"].revision = job.model.revision
@@ -220,14 +229,14 @@ def check_frozen(model: torch.nn.Module, frozen: list[str]) -> None:
     """Look at the modules themselves, before hours are spent on them.
 
     Raises:
-        RunnerError: a frozen part holds a quantized module, an adapter or a trainable parameter.
+        JobError: a frozen part holds a quantized module, an adapter or a trainable parameter.
     """
     counted = describe(model)["parts"]
     for part in frozen:
         if any(counted[part].values()):
-            raise RunnerError(
-                f"model: the frozen {part} is not frozen, it holds {counted[part]}; a defect of ours"
-            )
+            held = ", ".join(f"{count} {what}" for what, count in counted[part].items() if count)
+            remedy = f"name other modules in lora, or take {part} out of model.freeze"
+            raise JobError([Problem("model.freeze", f"the frozen {part} holds {held}", remedy)])
 
 
 def describe(model: torch.nn.Module) -> dict[str, Any]:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
+from trl import SFTConfig
 
 from runner.durable import write_text
 from runner.errors import Preempted, RunnerError
@@ -30,7 +31,7 @@ from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions
-from runner.train.trainer import SftRun, sft
+from runner.train.trainer import SftRun, sft, sft_arguments
 
 OUT_OF_MEMORY = (
     "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
@@ -59,16 +60,17 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     _reproducible()
     prepared = _prepare(plan, channel)
     _stop_here(channel, "before training")
+    arguments = sft_arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     try:
         base = models.load_base(plan.job, plan.fetched.model)
+        # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base into it.
+        before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
         set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         model = base if plan.job.lora is None else models.add_adapter(base, plan.job)
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
-        before = evaluator.baseline()
-        trainer = _trainer(plan, channel, model, prepared, evaluator)
-        facts = _facts(plan, model, trainer, prepared)
+        trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
         channel.send("plan", **_numbers(plan, prepared, trainer))
         control = _fit(plan, channel, trainer)
         if control.stopped:
@@ -85,7 +87,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         "steps": trainer.args.max_steps,
         "metrics": {"before": before, "after": after},
         "adapter": str(exported),
-        "facts": {**facts, "peak_memory_bytes": peak_memory()},
+        "facts": {**_facts(plan, model, trainer, prepared), "peak_memory_bytes": peak_memory()},
     }
 
 
@@ -114,7 +116,8 @@ def _stop_here(channel: Channel, where: str) -> None:
 
 
 def _reproducible() -> None:
-    """The same bits from the same inputs, where the device can."""
+    """Take the deterministic choice where there is one. PyTorch's fused attention has none on GPUs in the
+    backward pass unless it is demanded, which other operations would then refuse: there only `eager` is."""
     transformers_logging.disable_progress_bar()
     if torch.cuda.is_available():
         torch.backends.cudnn.benchmark = False
@@ -150,31 +153,40 @@ def _collator(plan: Plan, processor: ProcessorMixin, rows: Rows) -> Collator:
     return Collator(processor, rows.form, models.DTYPES[plan.job.model.dtype])
 
 
-def _trainer(
-    plan: Plan, channel: Channel, model: torch.nn.Module, prepared: Prepared, evaluator: Evaluator
-) -> SftRun:
-    rows = prepared.train_rows
-    assert rows is not None
+def _steps(plan: Plan, prepared: Prepared) -> int:
+    """Optimizer steps of the whole run."""
+    assert prepared.train_rows is not None
     options = plan.job.training.options
-    steps = total_steps(
-        len(rows.dataset),
+    return total_steps(
+        len(prepared.train_rows.dataset),
         plan.geometry.global_batch_size,
         options.get("num_train_epochs", 3.0),
         options.get("max_steps", -1),
     )
+
+
+def _trainer(
+    plan: Plan,
+    channel: Channel,
+    model: torch.nn.Module,
+    prepared: Prepared,
+    evaluator: Evaluator,
+    arguments: SFTConfig,
+) -> SftRun:
+    rows = prepared.train_rows
+    assert rows is not None
     control = SaveAndStop(
         save_steps=plan.job.checkpoints.save_steps,
         save_seconds=plan.save_seconds,
         stop_requested=channel.stop_requested,
     )
     trainer = sft(
-        plan,
+        arguments,
         model=model,
         processor=prepared.processor,
         collator=_collator(plan, prepared.processor, rows),
         rows=rows,
         eval_rows=prepared.eval_rows,
-        steps=steps,
         control=control,
     )
     trainer.attach(plan, rows, channel, evaluator.during, control)
@@ -202,13 +214,22 @@ def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: Pro
     shutil.rmtree(writing, ignore_errors=True)
     if isinstance(model, PeftModel):
         # No vocabulary is ever resized here; the default asks the hub for the base model's configuration.
+        _sort_sets(model.peft_config["default"])
         model.save_pretrained(writing, save_embedding_layers=False)
+        (writing / "README.md").unlink()  # PEFT's empty card, with the path of this machine's base model
     else:
         model.save_pretrained(writing)
         processor.save_pretrained(writing)
     shutil.rmtree(final, ignore_errors=True)
     writing.rename(final)
     return final
+
+
+def _sort_sets(config: PeftConfig) -> None:
+    """Sets are written in hash order, another one in every process; the same run leaves the same bytes."""
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
 
 
 def _write_steps(path: Path, steps: list[state.Step]) -> None:

@@ -232,7 +232,9 @@ def _stored(values: pa.Array, folder: str, what: str) -> pa.StructArray:
     """`{bytes, path}` of every value; null where there is none."""
     kind = values.type
     nothing = values.is_null()
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+    if pa.types.is_null(kind):
+        data, paths = pa.nulls(len(values), pa.binary()), pa.nulls(len(values), pa.string())
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         data, paths = pa.nulls(len(values), pa.binary()), values.cast(pa.string())
     elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         data, paths = values.cast(pa.binary()), pa.nulls(len(values), pa.string())

@@ -43,7 +43,7 @@ class Step:
     loss: float
     """Token mean over the global batch, in nats."""
     grad_norm: float | None
-    """L2 norm before clipping; null where no clipping computed one."""
+    """L2 norm before clipping; null where it is not finite, which the float16 loss scaler answers."""
     learning_rate: float
     tokens: int
     """Tokens that were not padding."""

@@ -34,8 +34,8 @@ SHRINK = 0.95
 SMALLEST_SIDE = 32
 """Images are not shrunk below this many pixels a side: nothing can be read in them."""
 
-REFUSALS = (ValueError, ZeroDivisionError, IndexError, RuntimeError)
-"""What processors raise for sizes that they do not take."""
+REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ZeroDivisionError)
+"""What processors raise for sizes and batches that they do not take."""
 
 
 class UnfitSize(Exception):

@@ -7,6 +7,7 @@ when one of them moves.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from trl import SFTConfig, SFTTrainer
 
 from runner.checkpoint.files import publish, seal
-from runner.errors import DataError, JobError, Problem
+from runner.errors import DataError, JobError, Problem, RunnerError
 from runner.plan import Plan
 from runner.train import rng, state
 from runner.train.callbacks import SaveAndStop
@@ -33,6 +34,12 @@ from runner.train.sampler import GlobalBatchSampler
 
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy")
 """What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
+
+
+CALMER = (
+    "Remedy: a smaller training.learning_rate, or a smaller training.max_grad_norm; the last checkpoint is "
+    "from before"
+)
 
 
 class RunTrainer(Trainer):
@@ -72,6 +79,10 @@ class RunTrainer(Trainer):
         """Upstream puts every micro-batch of a step on the GPU at once; ours moves when it is at work."""
         loader = super().get_train_dataloader()
         loader.device = None
+        if self.args.dataloader_persistent_workers:
+            # Such workers draw their seed from the global generator once a process, not once an epoch, so a
+            # resumed run would draw at other places. They draw from this one; nothing else uses it.
+            loader.base_dataloader.generator = torch.Generator()
         return loader
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -118,10 +129,16 @@ class RunTrainer(Trainer):
         self._began = time.monotonic()
 
     def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
+        loss = float(sum(loss for loss, _, _, _ in self._micro))
+        norm = math.nan if grad_norm is None else float(grad_norm)
+        if not (math.isfinite(loss) or self.accelerator.scaler is not None):  # the scaler skips such steps
+            raise RunnerError(
+                f"step {done}: the loss is {loss} at learning rate {learning_rate:.3g}. {CALMER}"
+            )
         step = state.Step(
             step=done,
-            loss=float(sum(loss for loss, _, _, _ in self._micro)),
-            grad_norm=None if grad_norm is None else float(grad_norm),
+            loss=loss,
+            grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=float(learning_rate),
             tokens=sum(tokens for _, tokens, _, _ in self._micro),
             images=sum(images for _, _, images, _ in self._micro),
@@ -155,6 +172,9 @@ class RunTrainer(Trainer):
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         done = self.state.global_step
+        for name, parameter in state.trainable(self.model).items():
+            if not torch.isfinite(parameter).all():
+                raise RunnerError(f"step {done}: {name} is not finite any more, nothing is saved. {CALMER}")
         began = time.monotonic()
         self._channel.send("phase", phase="save")
         saving = self._plan.attempt_dir / f"saving-{done:08d}"
@@ -219,7 +239,7 @@ def sft_arguments(plan: Plan, steps: int) -> SFTConfig:
     job = plan.job
     options = {"report_to": "none", **job.training.options}
     try:
-        return SFTConfig(
+        arguments = SFTConfig(
             **{
                 **options,
                 "output_dir": str(plan.attempt_dir / "trainer"),
@@ -236,35 +256,38 @@ def sft_arguments(plan: Plan, steps: int) -> SFTConfig:
                 "remove_unused_columns": False,
             }
         )
-    except (TypeError, ValueError) as error:
+        # Its package may be missing, which upstream finds out at the first step.
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise JobError(
             [Problem("training", f"TRL refuses it: {error}", "see SFTConfig's own documentation")]
         ) from error
 
+    return arguments
+
 
 def sft(
-    plan: Plan,
+    arguments: SFTConfig,
     *,
     model: PreTrainedModel | torch.nn.Module,
     processor: ProcessorMixin,
     collator: Collator,
     rows: Rows,
     eval_rows: Rows | None,
-    steps: int,
     control: SaveAndStop,
 ) -> SftRun:
     """TRL's SFTTrainer over a model that already has its adapter."""
     try:
         return SftRun(
             model=model,
-            args=sft_arguments(plan, steps),
+            args=arguments,
             data_collator=collator,
             train_dataset=rows.dataset,
             eval_dataset=None if eval_rows is None else eval_rows.dataset,
             processing_class=processor,
             callbacks=[control],
         )
-    except ValueError as error:
+    except (ValueError, ImportError, RuntimeError) as error:
         raise JobError(
             [Problem("training", f"TRL refuses it: {error}", "change the option that it names")]
         ) from error
