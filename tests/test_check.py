@@ -190,7 +190,7 @@ def test_types_choices_and_ranges(path: str, value: Any, reason: str, remedy: st
         ("training.gradient_checkpointing_kwargs", {"use_reentrant": False}),
         (
             "lora",
-            {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa_niter_4", "use_dora": True},
+            {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": "pissa", "use_dora": True},
         ),
         ("lora", {"rank_pattern": {"q_proj": 4}}),
         ("datasets.eval", []),

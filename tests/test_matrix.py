@@ -27,6 +27,7 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"modules_to_save": ["connector"]}}, ("lora", "modules_to_save")),
     ({"lora": {"init_lora_weights": "pissa_niter_4"}, "quantization": BITS}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "mica"}, "quantization": BITS}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "pissa_niter_4"}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "eva"}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "orthogonal", "r": 7}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "loftq"}}, ("lora", "init_lora_weights")),

@@ -5,9 +5,9 @@ byte-level tokenizer, SmolVLM's special tokens and chat template, and the Idefic
 lessons of `runner.demo.lessons` on charts of the train split and nothing else; its vision tower then reads
 charts well enough that the demo job tunes the text model alone.
 
-The committed folder `runner/demo/smolvlm-tiny` came from the command above with the defaults, on one core in
-DURATION. The same seed gives the same bytes on the same machine type and library versions; elsewhere the
-arithmetic of another CPU moves the last bits, and with them the weights.
+The committed folder `runner/demo/smolvlm-tiny` came from the command above with the defaults, in about twenty
+minutes on one core. The same seed gives the same bytes on the same machine type and library versions;
+elsewhere the arithmetic of another CPU moves the last bits, and with them the weights.
 
 Runs as a process of its own: the one module outside `runner/train` that imports torch, and no part of the
 package imports it.
@@ -41,14 +41,13 @@ SCALE = 2
 IMAGE_TOKENS = (charts.SIZE // PATCH) ** 2 // SCALE**2
 
 CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}"
-    "{% if message['content'] is string %}{{ ': ' + message['content'] }}{% else %}"
-    "{% if message['content'][0]['type'] == 'image' %}{{ ':' }}{% else %}{{ ': ' }}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{ line['text'] }}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}{% endif %}<end_of_utterance>\n"
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-"""SmolVLM-Instruct's, and plain strings as contents besides."""
+"""SmolVLM-Instruct's, to the letter: TRL knows it, and swaps in its marked edition for several turns."""
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -40,6 +40,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         target_modules, modules_to_save of a part      x freeze      would train what is frozen
         init_lora_weights: pissa, mica, loftq          x quantized   PEFT raises: needs the float weights
         init_lora_weights: eva, corda, lora_ga                       needs a pass over the data first
+        init_lora_weights: pissa_niter_*                             another adapter when loaded again
         init_lora_weights: orthogonal                  x odd r       PEFT raises
         init_lora_weights: loftq                       x no loftq_config   PEFT raises
         lora_bias                                      x use_dora, other init   PEFT raises
@@ -142,6 +143,12 @@ def _initial(lora: Section, *, is_quantized: bool) -> Iterator[Finding]:
                 path,
                 f"{initial} needs a pass over the data before training",
                 "use true, gaussian, orthogonal or olora",
+            )
+        if initial.startswith("pissa_niter_") and not is_quantized:
+            yield Finding(
+                path,
+                f"{initial} draws at random, and anew when the adapter is loaded: another than was trained",
+                "use pissa, which is exact",
             )
         if initial == "orthogonal" and _is_number(lora.get("r")) and lora["r"] % 2:
             yield Finding(path, f"orthogonal needs an even rank, and r is {lora['r']}", "use an even r")

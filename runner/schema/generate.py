@@ -195,7 +195,8 @@ def _union(arguments: tuple[Any, ...]) -> dict[str, Any]:
         if {"type": "null"} in branches:
             enums.append(None)
         return {"anyOf": [{"enum": enums}, *plain]} if plain else {"enum": enums}
-    names = [branch["type"] for branch in branches]
+    # `typing` caches unions by their members, so their order depends on what was imported before.
+    names = sorted((branch["type"] for branch in branches), key=lambda name: (name == "null", name))
     lists = [branch["items"] for branch in branches if "items" in branch]
     return {"type": names[0] if len(names) == 1 else names, **({"items": lists[0]} if lists else {})}
 
