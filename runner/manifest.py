@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-Format = Literal["vqa", "caption", "messages", "prompt_completion"]
+Format = Literal[
+    "vqa",
+    "caption",
+    "messages",
+    "prompt_completion",
+    "cauldron",
+    "llava",
+    "preference",
+    "preference_messages",
+]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 ROLES: dict[str, tuple[str, ...]] = {
@@ -21,9 +30,16 @@ ROLES: dict[str, tuple[str, ...]] = {
     "caption": ("image", "images", "caption"),
     "messages": ("image", "images", "messages"),
     "prompt_completion": ("image", "images", "prompt", "completion"),
+    "cauldron": ("image", "images", "texts"),
+    "llava": ("image", "images", "messages"),
+    "preference": ("image", "images", "question", "chosen", "rejected"),
+    "preference_messages": ("image", "images", "prompt", "chosen", "rejected"),
 }
 """What a format reads from a row. A role that `columns` does not name is the column of its own name; the
 image may be called `image` or `images`; vqa's `group` is optional (ChartQA's human or augmented)."""
+
+PAIRS: tuple[str, ...] = ("preference", "preference_messages")
+"""Formats whose rows are pairs of answers: what method dpo trains on, and nothing else reads."""
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS-1123 label, because the name becomes the name of cluster objects."""
@@ -126,7 +142,8 @@ class Datasets(Section):
 
 
 class Training(BaseModel):
-    """trl.SFTConfig's keys that are not ours, and two of our own. `runner.job.check` judges upstream's."""
+    """Keys of trl.SFTConfig or trl.DPOConfig, as `method` says, that are not ours, and two of our own.
+    `runner.job.check` judges upstream's."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, hide_input_in_errors=True)
 
@@ -141,7 +158,7 @@ class Training(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """The keys that pass through to trl.SFTConfig."""
+        """The keys that pass through to trl.SFTConfig or trl.DPOConfig."""
         return dict(self.model_extra or {})
 
 
@@ -211,7 +228,10 @@ class Job(Section):
         max_length=45,
         description="Names the run and its folder: lower case letters, digits, dashes, at most 45. Required.",
     )
-    method: Literal["sft"] = Field(default="sft", description="sft: supervised fine-tuning.")
+    method: Literal["sft", "dpo"] = Field(
+        default="sft",
+        description="sft: supervised fine-tuning. dpo: direct preference optimization, on pairs of answers.",
+    )
     seed: int = Field(
         default=42,
         ge=0,
@@ -224,8 +244,8 @@ class Job(Section):
     )
     lora: dict[str, Any] | None = Field(
         default=None,
-        description="peft.LoraConfig; target_modules defaults to all-linear, outside what is frozen. "
-        "Null: full fine-tuning.",
+        description="peft.LoraConfig, and init_from; target_modules defaults to all-linear, outside what is "
+        "frozen. Null: full fine-tuning.",
     )
     datasets: Datasets
     training: Training = Training()

@@ -11,6 +11,7 @@ from runner.errors import JobError
 from runner.job import foreign
 from runner.job.check import check, job_schema
 from runner.job.ownership import OWNED
+from runner.schema.job import of_method
 from runner.settings import resolve
 from tests.small_job import SMALL, with_value
 
@@ -124,12 +125,10 @@ def test_misspelt_keys(path: str, right: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("method", "dpo"),
         ("resources", {"gpu": 1}),
         ("kubernetes", {}),
         ("checkpoints.uri", "s3://bucket/prefix"),
         ("checkpoints.allow_unfenced", True),
-        ("lora.init_from", "x"),
         ("training.per_device_train_batch_size", "auto"),
         ("launch.strategy", "zero3"),
         ("launch.nodes", 2),
@@ -262,8 +261,18 @@ def test_words_of_the_field_are_no_credentials() -> None:
     assert check(with_value("model.revision", "0123456789abcdef0123456789abcdef01234567"), {})[1] == []
 
 
+def test_the_method_decides_what_training_may_hold() -> None:
+    finding = only(with_value("training.beta", 0.2))
+    assert finding.reason == "beta is a key of the other method" and "method" in finding.remedy
+    pairs = {**SMALL, "method": "dpo", "datasets": {"train": [{"path": "a", "format": "preference"}]}}
+    assert check({**pairs, "training": {"beta": 0.2, "loss_type": ["sigmoid", "sft"]}}, {})[1] == []
+    assert check({**pairs, "training": {"loss_type": "ipo"}}, {})[1] == []
+    assert only({**pairs, "training": {"eos_token": "x"}}).reason == "eos_token is a key of the other method"
+    assert "did you mean sigmoid" in only({**pairs, "training": {"loss_type": "sigmod"}}).remedy
+
+
 def test_every_answer_names_a_key_of_a_job() -> None:
-    schema = job_schema()
+    schema = of_method(job_schema(), "sft")
 
     def exists(path: str) -> bool:
         node: dict[str, Any] = schema

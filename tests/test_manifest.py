@@ -74,7 +74,7 @@ def test_every_field_is_documented() -> None:
         ("name", ""),
         ("name", 5),
         ("nmae", "x"),
-        ("method", "dpo"),
+        ("method", "ppo"),
         ("model", None),
         ("model", []),
         ("model.name_or_path", ""),

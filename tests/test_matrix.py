@@ -13,6 +13,8 @@ BITS = {"load_in_4bit": True}
 EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
 
 ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"method": "dpo"}, ("datasets", "train", 0, "format")),
+    ({"datasets": {"train": [{"path": "x", "format": "preference"}]}}, ("datasets", "train", 0, "format")),
     ({"training": {"packing": True}}, ("training", "packing")),
     ({"training": {"eval_packing": True}}, ("training", "eval_packing")),
     ({"training": {"padding_free": True}}, ("training", "padding_free")),

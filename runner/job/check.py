@@ -25,6 +25,7 @@ from runner.job.shape import MAX_FINDINGS, Finding, Judge, closest
 from runner.job.yaml_source import Path, show_path
 from runner.manifest import ROLES, Job
 from runner.schema import job_schema_text
+from runner.schema.job import METHODS, of_method
 
 
 def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, list[Finding]]:
@@ -34,7 +35,7 @@ def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, lis
         tree: the merged sources.
         words: the values that were written as a bare yes, no, on or off.
     """
-    schema = job_schema()
+    schema = of_method(job_schema(), tree.get("method", "sft"))
     judge = Judge(schema["$defs"], words, _unknown)
     secrets = list(_secrets(tree, ()))
     found = itertools.chain(
@@ -100,7 +101,12 @@ def _unknown(path: Path, siblings: list[str]) -> Finding:
         return _instead(path, f"{name} is not a key here", answer.use, answer.note)
     if owned := OWNED.get(str(path[0]), {}).get(name) or OWNED["training"].get(name):
         return _instead(path, f"the runner owns {name}: {owned.why}", owned.use, "")
-    elsewhere = [found for found in _places().get(name, ()) if found[:-1] != path[:-1]]
+    places = _places().get(name, ())
+    if path in places:
+        return Finding(
+            path, f"{name} is a key of the other method", "remove it, or change method", at_key=True
+        )
+    elsewhere = [found for found in places if found[:-1] != path[:-1]]
     if len(elsewhere) == 1 and elsewhere[0][0] in ("training", "lora", "quantization"):
         return _instead(path, f"{name} does not stand here", show_path(elsewhere[0]), "")
     if answer := foreign.FOREIGN.get(name):
@@ -136,7 +142,7 @@ def _instead(path: Path, reason: str, use: str, note: str) -> Finding:
 
 @functools.cache
 def _places() -> dict[str, list[Path]]:
-    """Every key of a job -> where it may stand."""
+    """Every key of a job -> where it may stand, under whichever method."""
     schema = job_schema()
     places: dict[str, list[Path]] = {}
 
@@ -146,10 +152,12 @@ def _places() -> dict[str, list[Path]]:
             if "$ref" in branch.get("items", {}):
                 walk(branch["items"], (*path, 0))
             for key, value in inner.get("properties", {}).items():
-                places.setdefault(key, []).append((*path, key))
+                if (*path, key) not in places.setdefault(key, []):
+                    places[key].append((*path, key))
                 walk(value, (*path, key))
 
-    walk(schema, ())
+    for method in METHODS:
+        walk(of_method(schema, method), ())
     return places
 
 

@@ -181,16 +181,11 @@ RESERVED: frozenset[str] = frozenset(
         "gcp_batch",
         "checkpoints.uri",
         "checkpoints.allow_unfenced",
-        "lora.init_from",
-        "training.beta",
-        "training.loss_weights",
-        "training.precompute_ref_log_probs",
     }
 )
 """Keys that a later version reads."""
 
 RESERVED_VALUES: dict[str, tuple[object, ...]] = {
-    "method": ("dpo",),
     "training.per_device_train_batch_size": ("auto",),
     "launch.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
 }

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.job.shape import Finding, show
+from runner.manifest import FORMATS, PAIRS
 
 Section = dict[str, Any]
 
@@ -27,6 +28,9 @@ NEEDS_A_PASS = ("eva", "corda", "lora_ga")
 def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     """Every row that the job matches.
 
+    method
+        dpo                                            x a format without pairs   nothing to prefer
+        sft                                            x a format of pairs        which of the two is learned?
     vision (all formats have images)
         training.packing, eval_packing, padding_free   x images      SFTTrainer raises
         training.pad_to_multiple_of: a number          x images      TRL's collator raises
@@ -60,6 +64,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         _section(job, "lora"),
         _section(job, "quantization"),
     )
+    yield from _formats(job)
     yield from _vision(training)
     if isinstance(job.get("quantization"), dict):
         yield from _quantization(quantization, has_lora=job.get("lora") is not None)
@@ -70,6 +75,21 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     yield from _batch(training)
     yield from _evaluation(job, training)
     yield from _schedule(training)
+
+
+def _formats(job: dict[str, Any]) -> Iterator[Finding]:
+    method, datasets = job.get("method", "sft"), _section(job, "datasets")
+    for part in ("train", "eval"):
+        sources = datasets.get(part)
+        for index, source in enumerate(sources if isinstance(sources, list) else ()):
+            format = source.get("format") if isinstance(source, dict) else None
+            path = ("datasets", part, index, "format")
+            if method == "dpo" and format in FORMATS and format not in PAIRS:
+                reason = f"method dpo learns from pairs of answers, and {format} has one answer a row"
+                yield Finding(path, reason, f"use {' or '.join(PAIRS)}, or method: sft")
+            elif method == "sft" and format in PAIRS:
+                reason = f"method sft learns from one answer a row, and {format} has two"
+                yield Finding(path, reason, "use method: dpo, or a format with one answer")
 
 
 def _vision(training: Section) -> Iterator[Finding]:

@@ -1,9 +1,10 @@
 """Ours and theirs: the upstream fields that the runner owns, each with the job key to use instead.
 
-Every other field of the pinned `trl.SFTConfig`, `peft.LoraConfig` and `transformers.BitsAndBytesConfig`
-passes through unchanged; docs/training-options.md is generated from these tables and the upstream schema. A
-field is ours when two hands on it would break a promise (what a checkpoint is, which samples a step sees,
-which tokens carry loss), or when a second word for it exists in the job.
+Every other field of the pinned `trl.SFTConfig`, `trl.DPOConfig`, `peft.LoraConfig` and
+`transformers.BitsAndBytesConfig` passes through unchanged; docs/training-options.md is
+generated from these tables and the upstream schema. A field is ours when two hands on it would break a
+promise (what a checkpoint is, which samples a step sees, which tokens carry loss), or when a second word for
+it exists in the job.
 """
 
 from __future__ import annotations
@@ -101,6 +102,15 @@ TRAINING: dict[str, Owned] = {
     "completion_only_loss": Owned(_LABELS),
     "assistant_only_loss": Owned(_LABELS),
     "model_init_kwargs": Owned("the runner loads the model", "model"),
+    "precompute_ref_log_probs": Owned(
+        "upstream refuses it for rows with images; the reference is the disabled adapter, not a second model"
+    ),
+    "precompute_ref_batch_size": Owned("it goes with precompute_ref_log_probs"),
+    "sync_ref_model": Owned(
+        "a reference that moves would have to be a second model, and part of every checkpoint"
+    ),
+    "ref_model_mixup_alpha": Owned("it goes with sync_ref_model"),
+    "ref_model_sync_steps": Owned("it goes with sync_ref_model"),
     "trust_remote_code": Owned("code from a hub is not executed; use an architecture that transformers has"),
     "do_train": Owned(_VERBS),
     "do_eval": Owned(_VERBS),
@@ -109,7 +119,7 @@ TRAINING: dict[str, Owned] = {
     "batch_eval_metrics": Owned("metrics are computed by generation", "evaluation"),
     "disable_tqdm": Owned("the progress bar is the supervisor's; it is off where there is no terminal"),
 }
-"""Fields of trl.SFTConfig."""
+"""Fields of trl.SFTConfig, of trl.DPOConfig, or of both: what is ours under one method is ours under both."""
 
 LORA: dict[str, Owned] = {
     "task_type": Owned("the runner sets it: CAUSAL_LM"),

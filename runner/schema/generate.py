@@ -28,31 +28,69 @@ NOT_NEGATIVE = {"minimum": 0}
 SHARE = {"minimum": 0, "exclusiveMaximum": 1}
 COUNT = {"minimum": 1}
 
+TRAINING: dict[str, dict[str, Any]] = {
+    "include_num_input_tokens_seen": {"enum": [True, False, "all", "non_padding", "no"]},
+    "learning_rate": POSITIVE,
+    "num_train_epochs": POSITIVE,
+    # Upstream takes 0 and everything below as "not set".
+    "max_steps": {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]},
+    "per_device_eval_batch_size": COUNT,
+    "warmup_steps": NOT_NEGATIVE,
+    "weight_decay": NOT_NEGATIVE,
+    "adam_beta1": SHARE,
+    "adam_beta2": SHARE,
+    "adam_epsilon": POSITIVE,
+    "max_grad_norm": NOT_NEGATIVE,
+    "pad_to_multiple_of": {"anyOf": [{"enum": ["auto", None]}, {"type": "integer", "minimum": 1}]},
+    "label_smoothing_factor": SHARE,
+    "logging_steps": POSITIVE,
+    "eval_steps": POSITIVE,
+    "eval_delay": NOT_NEGATIVE,
+    "eval_accumulation_steps": COUNT,
+    "torch_empty_cache_steps": COUNT,
+    "dataloader_num_workers": NOT_NEGATIVE,
+    "dataloader_prefetch_factor": COUNT,
+}
+"""Of transformers.TrainingArguments, and so of every configuration of TRL."""
+
+DPO_LOSSES = [
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+"""Every loss that DPOTrainer knows (trl/trainer/dpo_trainer.py); tests/test_dpo.py takes a step with each."""
+
 RULES: dict[str, dict[str, dict[str, Any]]] = {
     "SFTConfig": {
+        **TRAINING,
         # SFTTrainer.__init__ refuses the third choice that the field's metadata still names.
         "loss_type": {"enum": ["nll", "dft"]},
-        "include_num_input_tokens_seen": {"enum": [True, False, "all", "non_padding", "no"]},
-        "learning_rate": POSITIVE,
-        "num_train_epochs": POSITIVE,
-        # Upstream takes 0 and everything below as "not set".
-        "max_steps": {"anyOf": [{"const": -1}, {"type": "integer", "minimum": 1}]},
-        "per_device_eval_batch_size": COUNT,
-        "warmup_steps": NOT_NEGATIVE,
-        "weight_decay": NOT_NEGATIVE,
-        "adam_beta1": SHARE,
-        "adam_beta2": SHARE,
-        "adam_epsilon": POSITIVE,
-        "max_grad_norm": NOT_NEGATIVE,
-        "pad_to_multiple_of": {"anyOf": [{"enum": ["auto", None]}, {"type": "integer", "minimum": 1}]},
-        "label_smoothing_factor": SHARE,
-        "logging_steps": POSITIVE,
-        "eval_steps": POSITIVE,
-        "eval_delay": NOT_NEGATIVE,
-        "eval_accumulation_steps": COUNT,
-        "torch_empty_cache_steps": COUNT,
-        "dataloader_num_workers": NOT_NEGATIVE,
-        "dataloader_prefetch_factor": COUNT,
+    },
+    "DPOConfig": {
+        **TRAINING,
+        "loss_type": {
+            "anyOf": [
+                {"enum": DPO_LOSSES},
+                {"type": "array", "minItems": 1, "items": {"enum": DPO_LOSSES}},
+            ]
+        },
+        "beta": POSITIVE,
+        "f_divergence_type": {"enum": ["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"]},
+        "ld_alpha": {"minimum": 0, "maximum": 1},
+        "label_smoothing": {"minimum": 0, "exclusiveMaximum": 0.5},
+        "discopop_tau": POSITIVE,
     },
     "LoraConfig": {
         "r": COUNT,

@@ -2,40 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from runner.job.ownership import OWNED, Owned
 from runner.manifest import Job
 
-SECTIONS = {"training": "SFTConfig", "lora": "LoraConfig", "quantization": "BitsAndBytesConfig"}
-"""Section of the job -> the upstream class whose fields pass through it."""
+METHODS: dict[str, str] = {"sft": "SFTConfig", "dpo": "DPOConfig"}
+"""Method of the job -> the upstream class whose fields pass through its `training`."""
 
-LIBRARIES = {"SFTConfig": "trl", "LoraConfig": "peft", "BitsAndBytesConfig": "transformers"}
+SECTIONS = {
+    "SFTConfig": "training",
+    "DPOConfig": "training",
+    "LoraConfig": "lora",
+    "BitsAndBytesConfig": "quantization",
+}
+"""Upstream class -> the section of the job that its fields pass through."""
+
+LIBRARIES = {
+    "SFTConfig": "trl",
+    "DPOConfig": "trl",
+    "LoraConfig": "peft",
+    "BitsAndBytesConfig": "transformers",
+}
+
+INIT_FROM = {
+    "type": ["string", "null"],
+    "minLength": 1,
+    "description": "Folder of an adapter, or of a run's checkpoint, that the adapter starts from. Under "
+    "dpo it is the reference, too. Null: a new adapter.",
+    "default": None,
+}
+"""The one key of `lora` that is ours."""
 
 
-def passed_through(section: str, upstream: dict[str, Any]) -> dict[str, Any]:
-    """The upstream fields that a job may set in this section, with their schemas."""
-    fields: dict[str, Any] = upstream[SECTIONS[section]]
-    return {name: schema for name, schema in fields.items() if name not in OWNED[section]}
+def passed_through(config: str, upstream: dict[str, Any]) -> dict[str, Any]:
+    """The fields of an upstream class that a job may set, with their schemas."""
+    fields: dict[str, Any] = upstream[config]
+    return {name: schema for name, schema in fields.items() if name not in OWNED[SECTIONS[config]]}
 
 
 def job_schema(upstream: dict[str, Any]) -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of a job, upstream's fields included."""
+    """JSON Schema (draft 2020-12) of a job, upstream's fields included.
+
+    What `training` may hold depends on `method`: the root says so with if, then and else, and leaves the
+    property itself open.
+    """
     schema = _without_titles(Job.model_json_schema())
-    training = schema["$defs"]["Training"]
-    training["properties"] = {**passed_through("training", upstream), **training["properties"]}
-    training["additionalProperties"] = False
-    for section in ("lora", "quantization"):
+    ours = schema["$defs"].pop("Training")
+    for method, config in METHODS.items():
+        schema["$defs"][_training(method)] = {
+            **ours,
+            "description": f"Keys of trl.{config} that are not ours, and two of our own.",
+            "properties": {**passed_through(config, upstream), **ours["properties"]},
+            "additionalProperties": False,
+        }
+    schema["properties"]["training"] = {
+        "type": "object",
+        "default": schema["properties"]["training"]["default"],
+    }
+    schema["if"] = {"properties": {"method": {"const": "dpo"}}, "required": ["method"]}
+    schema["then"], schema["else"] = (
+        {"properties": {"training": {"$ref": f"#/$defs/{_training(method)}"}}} for method in ("dpo", "sft")
+    )
+    for section, config, more in (
+        ("lora", "LoraConfig", {"init_from": INIT_FROM}),
+        ("quantization", "BitsAndBytesConfig", {}),
+    ):
         field = schema["properties"][section]
         field["anyOf"] = [
             {
                 "type": "object",
-                "properties": passed_through(section, upstream),
+                "properties": {**passed_through(config, upstream), **more},
                 "additionalProperties": False,
             },
             {"type": "null"},
         ]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "vlm-runner job", **schema}
+
+
+def of_method(schema: dict[str, Any], method: object) -> dict[str, Any]:
+    """The schema of a job with this `method`: its conditional resolved, for a reader that knows none."""
+    known = get_args(Job.model_fields["method"].annotation)
+    training = {"$ref": f"#/$defs/{_training(str(method) if method in known else 'sft')}"}
+    plain = {key: value for key, value in schema.items() if key not in ("if", "then", "else")}
+    return {**plain, "properties": {**schema["properties"], "training": training}}
+
+
+def _training(method: str) -> str:
+    """Name of the definition of `training` under a method."""
+    return f"{method.capitalize()}Training"
 
 
 def _without_titles(node: Any) -> Any:
@@ -60,13 +115,15 @@ def training_options(upstream: dict[str, Any]) -> str:
         "In `training`, `lora` and `quantization` a job uses the keys of the libraries themselves. Fields "
         "that the runner owns are refused, with the key to use instead; all others pass through unchanged.",
     ]
-    for section, config in SECTIONS.items():
-        lines += ["", f"## `{section}`: {LIBRARIES[config]}.{config}", "", "### Ours", ""]
+    for config, section in SECTIONS.items():
+        method = next((f", method {name}" for name, one in METHODS.items() if one == config), "")
+        owned = {name: one for name, one in OWNED[section].items() if name in upstream[config]}
+        lines += ["", f"## `{section}`{method}: {LIBRARIES[config]}.{config}", "", "### Ours", ""]
         lines += ["| field | use instead | why |", "|---|---|---|"]
-        lines += [_owned_row(name, owned) for name, owned in sorted(OWNED[section].items())]
+        lines += [_owned_row(name, one) for name, one in sorted(owned.items())]
         lines += ["", "### Passed through", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         lines += [
-            _passed_row(name, schema) for name, schema in sorted(passed_through(section, upstream).items())
+            _passed_row(name, schema) for name, schema in sorted(passed_through(config, upstream).items())
         ]
     return "\n".join(lines) + "\n"
 
