@@ -124,8 +124,8 @@ def load_base(job: Job, folder: str) -> PreTrainedModel:
 
 
 def _with_scales(module: Linear8bitLt, _inputs: object) -> None:
-    """Give an 8-bit weight its scales back: on a CPU, PEFT (0.21.2) wraps it anew whenever DoRA dequantizes it,
-    without them, and bitsandbytes (0.50.2) then forgets those that it had."""
+    """Give an 8-bit weight its scales back: on a CPU, PEFT (0.21.2) wraps it anew whenever DoRA dequantizes
+    it, without them, and bitsandbytes (0.50.2) then forgets those that it had."""
     if module.weight.CB is not None and module.weight.SCB is None:
         module.weight.SCB = module.state.SCB
 
