@@ -18,8 +18,9 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
 from runner.train.audit import audit
-from runner.train.collator import Collator, training_template
+from runner.train.collator import Collator
 from runner.train.data import Rows
+from runner.train.turns import training_template
 from tests.samples import chartqa, idefics2, llava_next, picture, png, rows, smolvlm, source
 
 OURS = {"row_index", "image_count"}

@@ -31,7 +31,7 @@ from transformers import ProcessorMixin
 from runner.manifest import Datasets, Source
 from runner.train import formats, images
 from runner.train.checks import Candidate, judge, notes
-from runner.train.collator import Collator, Form, training_template
+from runner.train.collator import Collator, Form
 from runner.train.conversions import converted, form_of, shaped
 from runner.train.sources import (
     Opened,
@@ -41,6 +41,7 @@ from runner.train.sources import (
     open_source,
     shown_images,
 )
+from runner.train.turns import training_template
 
 _TEXT = Value("string")
 _INSPECTED = Features(
@@ -188,8 +189,10 @@ def _in_order(pictures: Dataset, shown: list[list[int]]) -> Dataset:
 
 
 def _controls(processor: ProcessorMixin) -> str:
-    """Matches any token that a text may not spell: the tokenizer's special ones and the image placeholder."""
-    tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
+    """Matches any token that a text may not spell: the tokenizer's special ones, those around image tokens
+    among them, and the image placeholder."""
+    added = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = {*processor.tokenizer.all_special_tokens, *added, processor.image_token}
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
 
 
