@@ -4,6 +4,7 @@ batches and tokens compared with what TRL really makes."""
 from __future__ import annotations
 
 import itertools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,8 @@ def test_cauldron_turns_are_trls_bit_for_bit(tmp_path: Path, processor: Processo
     assert len(audit(made, collator, processor, samples=2)) == 1 + (1 + 3 * 2) + (1 + 2)
     asked = processor.decode(collator.prompts([row])["input_ids"][0])
     assert asked.endswith(f"Sure?{END}Assistant:")
+    sent = pickle.loads(pickle.dumps(collator))  # to a loader's worker
+    assert torch.equal(batch_of(made, sent)["labels"], batch["labels"])
 
 
 def test_one_turn_of_cauldron_is_prompt_and_completion(tmp_path: Path, processor: ProcessorMixin) -> None:
@@ -259,6 +262,7 @@ def test_llava_turns_are_trls_bit_for_bit(build: Any, tmp_path: Path, processor:
     assert_same(batch, plainly(made_by, *WRITTEN))
     assert [learned(made_by, batch, n) for n in range(3)] == LEARNED
     assert batch["image_count"].tolist() == made.dataset["image_count"][:] == [2, 2, 2]
+    assert made.dataset["tokens"][:] == batch["attention_mask"].sum(dim=1).tolist()
 
 
 def test_turns_are_found_where_upstream_loses_them(tmp_path: Path, processor: ProcessorMixin) -> None:
@@ -388,6 +392,28 @@ def test_a_mixed_batch_has_the_loss_of_its_rows(
     assert len({round(loss, 3) for loss in alone}) == 4
     for positions in ((0, 1, 2, 3), (1, 2), (1, 3)):
         assert summed(positions) == pytest.approx(sum(alone[p] for p in positions), rel=1e-5)
+
+
+def test_a_source_of_text_goes_with_one_of_images(tmp_path: Path, processor: ProcessorMixin) -> None:
+    spoken = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Two."}]
+    file = jsonl(tmp_path / "bare.jsonl", [{"messages": spoken}] * 3)
+    bare = source("bare.jsonl", format="messages", max_samples=2), file
+    shown = source("cauldron.parquet", format="cauldron"), cauldron(tmp_path, ([0], [("?", "!")]))
+    made = rows(processor, bare, shown)
+    assert made.dataset["image_count"][:] == [0, 0, 1]
+    assert made.notes == ("datasets.train[0]: bare.jsonl[train] has no column of images: its rows are text",)
+    collator = Collator(processor, made.form, torch.float32)
+    assert audit(made, collator, processor)
+    assert made.dataset["tokens"][:] == batch_of(made, collator)["attention_mask"].sum(dim=1).tolist()
+
+
+def test_images_under_another_name_are_missed(tmp_path: Path, processor: ProcessorMixin) -> None:
+    file = cauldron(tmp_path, ([0], [("?", "!")]))
+    Dataset.from_parquet(str(file)).rename_column("images", "pictures").to_parquet(file)
+    with pytest.raises(DataError, match=r"no column 'image' for the image.*pictures"):
+        loaded(processor, "cauldron", file)
+    named = rows(processor, (source(file.name, format="cauldron", columns={"images": "pictures"}), file))
+    assert named.dataset["image_count"][:] == [1]
 
 
 # --- what does not change ---
