@@ -3,6 +3,7 @@ batches and tokens compared with what TRL really makes."""
 
 from __future__ import annotations
 
+import copy
 import itertools
 import pickle
 from pathlib import Path
@@ -23,7 +24,7 @@ from runner.train.collator import Collator
 from runner.train.data import Rows
 from runner.train.formats import Converted, Reading, convert
 from runner.train.sources import image_lists, shown_images
-from runner.train.turns import training_template
+from runner.train.turns import turn_template
 from tests.samples import idefics2, jsonl, llava_next, picture, png, rows, smolvlm, source
 
 END = "<end_of_utterance>\n"
@@ -103,7 +104,7 @@ def batch_of(made: Rows, collator: Collator) -> Any:
 def plainly(processor: ProcessorMixin, *examples: tuple[list[int], list[dict[str, Any]]]) -> dict[str, Any]:
     """TRL's batch of conversations that somebody wrote for it by hand."""
     collator = DataCollatorForVisionLanguageModeling(
-        processor, assistant_only_loss=True, chat_template=training_template(processor)
+        processor, assistant_only_loss=True, chat_template=turn_template(processor)
     )
     batch: dict[str, Any] = collator(
         [{"images": [picture(*side(n), n) for n in images], "messages": said} for images, said in examples]
@@ -296,8 +297,32 @@ def test_turns_that_cannot_be_found_are_refused(
     made = loaded(split, "llava", llava(tmp_path, *LLAVA))
     assert [learned(split, batch_of(made, Collator(split, made.form, torch.float32)), 0)] == LEARNED[:1]
     monkeypatch.setattr(turns, "_tells_expansions", lambda processor: False)
-    with pytest.raises(DataError, match="does not tell which tokens they are"):
+    with pytest.raises(DataError, match="text of its own among the image tokens"):
         batch_of(made, Collator(split, made.form, torch.float32))
+
+
+@pytest.mark.parametrize("build", [lambda base: base, llava_next, idefics2])
+def test_turns_are_found_without_marks(build: Any, tmp_path: Path, processor: ProcessorMixin) -> None:
+    """A template that TRL knows no marked edition of."""
+    made_by = build(copy.copy(processor))
+    shouted = processor.chat_template.replace("capitalize", "upper").replace("Assistant:", "ASSISTANT:")
+    made_by.chat_template = shouted
+    made = loaded(made_by, "llava", llava(tmp_path, *LLAVA))
+    collator = Collator(made_by, made.form, torch.float32)
+    batch = batch_of(made, collator)
+    assert "USER:" in made_by.decode(batch["input_ids"][0])
+    assert [learned(made_by, batch, n) for n in range(3)] == LEARNED
+    assert not audit(made, collator, made_by)[-1].startswith("warning")
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path, processor: ProcessorMixin) -> None:
+    """As those do that drop the thoughts of earlier answers."""
+    forgetful = copy.copy(processor)
+    forgetful.chat_template = processor.chat_template.replace(
+        "{{line['text']}}", "{{line['text'] if message == messages[-1] else 'No'}}"
+    )
+    with pytest.raises(DataError, match=r"writes a turn otherwise.*generation.*chat_template\.jinja"):
+        loaded(forgetful, "llava", llava(tmp_path, *LLAVA))
 
 
 def test_the_order_of_images_is_part_of_the_content(tmp_path: Path, processor: ProcessorMixin) -> None:

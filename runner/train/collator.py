@@ -3,8 +3,8 @@
     train      Collator(...)(rows)          padded right, loss on the answers only
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
-A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn,
-through the `{% generation %}` markers of a training template), or `prompt`, `chosen` and `rejected` (a pair).
+A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn, see
+`runner.train.turns`), or `prompt`, `chosen` and `rejected` (a pair).
 Rows with several images, one and none go into one batch, where the processor takes them. That is for one
 process: a rank whose batch has no image does not run the tower, and strategies that shard the model over
 ranks would wait for it; they refuse such rows. Nothing is ever truncated. It holds a processor and plain
@@ -47,12 +47,8 @@ class Collator:
     def __init__(self, processor: ProcessorMixin, form: Form, dtype: torch.dtype) -> None:
         """
         Args:
-            form: of the training rows; `messages` demands a template with markers at once, not at the first
-                batch.
+            form: of the training rows.
             dtype: of the model's weights; pixel values are cast to it.
-
-        Raises:
-            DataError: see `training_template`.
         """
         self.processor = processor
         self.form: Form = form
@@ -74,7 +70,8 @@ class Collator:
             which the first has no image come in another order than `rows`.
 
         Raises:
-            DataError: an image that was readable before training is not any more.
+            DataError: an image that was readable before training is not any more, or the turns of a row
+                cannot be found.
         """
         if "messages" in rows[0]:
             rows = _images_first(rows)
@@ -112,12 +109,8 @@ class Collator:
         return self._finished(batch, rows, [len(pictures) for pictures in shown])
 
     @property
-    def template(self) -> str | None:
-        """The chat template that marks assistant turns; None is the processor's own.
-
-        Raises:
-            DataError: see `training_template`.
-        """
+    def template(self) -> str:
+        """The chat template that conversations are rendered with."""
         self._turns = self._turns or TurnCollator(self.processor)
         return self._turns.template
 

@@ -42,7 +42,6 @@ from runner.train.sources import (
     open_source,
     shown_images,
 )
-from runner.train.turns import training_template
 
 _TEXT = Value("string")
 _INSPECTED = Features(
@@ -139,8 +138,6 @@ def load(
         for one, picture, rows in zip(opened, pictures, drawn, strict=True)
     ]
     form = form_of(sources, texts, drawn)
-    if form == "messages":
-        training_template(processor)
     candidates = _candidates(opened, texts, shown, found, drawn, form)
     joined = concatenate_datasets(
         [
