@@ -3,7 +3,7 @@
 Rows that are pairs of answers are also scored: how likely the model finds each of the two. `evaluate` leaves
 no trace: random generators, training modes, caches and weights are as they were. It runs in the precision of
 the autocast context that the caller is in, which is the one of training. What right means is
-`runner.train.metrics`' and, for pairs, `runner.train.preference`'s; where results are written is the
+`runner.train.metrics`' and, for pairs, `runner.train.pair_metrics`'s; where results are written is the
 caller's.
 """
 
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, ProcessorMixin
 
 from runner.manifest import Evaluation as Spec
-from runner.train import preference, rng
+from runner.train import pair_metrics, rng
 from runner.train.collator import Batch, Collator, Row
 from runner.train.data import Rows
-from runner.train.formats import words
+from runner.train.messages import words
 from runner.train.metrics import Summary, exact_match, relaxed_accuracy, summarize
 from runner.train.pairs import NOT_THE_MODELS, PairScore, score
 
@@ -36,7 +36,7 @@ class Evaluation:
     """What an evaluation found."""
 
     metrics: Summary
-    """As `metrics.summarize` returns it, or `preference.summarize`."""
+    """As `metrics.summarize` returns it, or `pair_metrics.summarize`."""
     records: tuple[dict[str, Any], ...]
     """One a row, in order, ready for JSON: row, question, prediction, group (str or null) and
 
@@ -96,7 +96,7 @@ def evaluate(
             on_progress(len(records), total)
     if paired:
         return Evaluation(
-            preference.summarize(records, None if reference is None else reference.beta), tuple(records)
+            pair_metrics.summarize(records, None if reference is None else reference.beta), tuple(records)
         )
     return Evaluation(summarize(records), tuple(records))
 
@@ -205,7 +205,7 @@ def _pair_record(row: Row, prediction: str, scored: PairScore, reference: Refere
         "prediction": prediction,
         "chosen": chosen,
         "rejected": rejected,
-        "nearer": preference.nearer(prediction, chosen, rejected),
+        "nearer": pair_metrics.nearer(prediction, chosen, rejected),
         **asdict(scored),
         "reference_logp_chosen": before.get("logp_chosen"),
         "reference_logp_rejected": before.get("logp_rejected"),

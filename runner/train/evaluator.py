@@ -5,7 +5,7 @@
 
 Of pairs, the predictions before training hold how likely the base model finds both answers: the reference
 that later evaluations are rewarded against. How an answer is generated and scored is
-`runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.preference`'s.
+`runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.pair_metrics`'s.
 """
 
 from __future__ import annotations

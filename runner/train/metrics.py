@@ -3,7 +3,7 @@
 Relaxed accuracy is that of the ChartQA paper (arXiv 2203.10244, section 5.1) as lmms-eval computes it
 (`lmms_eval/tasks/chartqa/utils.py`, `relaxed_correctness`), so that scores can be put beside published ones.
 Which rows are asked, and what the model said, is `runner.train.evaluate`'s; pairs of answers are judged by
-`runner.train.preference`.
+`runner.train.pair_metrics`.
 """
 
 from __future__ import annotations

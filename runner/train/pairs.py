@@ -2,7 +2,7 @@
 
 The forward is the one that trains: TRL's fused head, which projects tile by tile, so that the logits of all
 positions never exist at once. It is on the model only while pairs are scored. What the numbers mean is
-`runner.train.preference`'s.
+`runner.train.pair_metrics`'s.
 """
 
 from __future__ import annotations
