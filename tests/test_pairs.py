@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from transformers import ProcessorMixin
 
+from runner.demo import resolve_dataset
 from runner.manifest import Evaluation as Spec
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
@@ -191,6 +193,17 @@ def test_train_evaluate_train_is_train_train(processor: ProcessorMixin, made: Ro
     assert plain
     for name, value in plain.items():
         assert torch.equal(disturbed[name], value), name
+
+
+def test_the_demos_base_model_prefers_neither_answer(processor: ProcessorMixin) -> None:
+    """By symmetry: it has a taste, but none that depends on the form of the chart."""
+    folder = resolve_dataset("demo:preferences", Path(os.environ["RUNNER_CACHE"]))
+    held_out = source("demo:preferences", format="preference", split="test[:80]")
+    found = rows(processor, (held_out, folder), name="eval")
+    accuracy = run(float32(), processor, found, Spec(batch_size=40, max_new_tokens=40)).metrics
+    assert accuracy["preference_accuracy"] is not None and accuracy["generated_rejected"] is not None
+    assert 0.4 <= (accuracy["preference_accuracy"]["overall"] or 0) <= 0.6
+    assert 0.3 <= (accuracy["generated_rejected"]["overall"] or 0) <= 0.6
 
 
 # --- the stage ---
