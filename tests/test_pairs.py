@@ -145,8 +145,9 @@ def test_rewards_are_against_the_reference(processor: ProcessorMixin, made: Rows
         margins.append(0.25 * (gained[0] - gained[1]))
     assert after.metrics["reward_margin"] is not None
     assert after.metrics["reward_margin"]["overall"] == pytest.approx(sum(margins) / 5)
-    others = Reference(0.25, {record["row"]: record for record in before[:4]})
-    assert run(model, processor, made, SPEC, reference=others).metrics["reward_margin"] is None
+    for others in (before[:4], [*before[:4], {**before[4], "rejected": "another"}]):
+        known = Reference(0.25, {record["row"]: record for record in others})
+        assert run(model, processor, made, SPEC, reference=known).metrics["reward_margin"] is None
 
 
 def test_it_leaves_no_trace(processor: ProcessorMixin, made: Rows) -> None:

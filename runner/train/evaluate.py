@@ -53,7 +53,12 @@ class Reference:
     beta: float
     """Of the training."""
     records: Mapping[str, Mapping[str, Any]]
-    """By `row`: `logp_chosen` and `logp_rejected` under the reference. Rows may be missing."""
+    """By `row`: what `Evaluation.records` holds of a pair. Rows may be missing."""
+
+    def of(self, asked: Mapping[str, str]) -> Mapping[str, Any]:
+        """The record of a pair, empty if there is none or it was of other texts."""
+        record = self.records.get(asked["row"], {})
+        return record if all(record.get(name) == text for name, text in asked.items()) else {}
 
 
 def evaluate(
@@ -198,13 +203,11 @@ def _record(row: Row, prediction: str) -> dict[str, Any]:
 
 def _pair_record(row: Row, prediction: str, scored: PairScore, reference: Reference | None) -> dict[str, Any]:
     chosen, rejected = (words(row[name][0]) for name in ("chosen", "rejected"))
-    before = {} if reference is None else reference.records.get(row["row"], {})
+    asked = {"row": row["row"], "question": row["question"], "chosen": chosen, "rejected": rejected}
+    before = {} if reference is None else reference.of(asked)
     return {
-        "row": row["row"],
-        "question": row["question"],
+        **asked,
         "prediction": prediction,
-        "chosen": chosen,
-        "rejected": rejected,
         "nearer": pair_metrics.nearer(prediction, chosen, rejected),
         **asdict(scored),
         "reference_logp_chosen": before.get("logp_chosen"),
