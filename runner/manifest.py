@@ -178,7 +178,7 @@ class Evaluation(Section):
         default=None, description="At most this many rows, drawn by seed. Null: all."
     )
     max_new_tokens: Count = Field(default=32, description="Longest answer, in tokens.")
-    baseline: bool = Field(default=True, description="Evaluate the base model before training, too.")
+    baseline: bool = Field(default=True, description="Evaluate before training, too.")
     batch_size: Count = Field(
         default=8, description="Rows generated at once; of pairs, both answers are scored in one batch, too."
     )

@@ -3,8 +3,8 @@
     evaluation/before.json, after.json, step-<n>.json    metrics, and the part of the job that they hold for
     evaluation/<label>.predictions.jsonl                 every row: question, truth, prediction, verdicts
 
-Of pairs, the predictions before training hold how likely the base model finds both answers: the reference
-that later evaluations are rewarded against. How an answer is generated and scored is
+Of pairs, the predictions before training hold how likely the model that training starts from finds both
+answers: the reference that later evaluations are rewarded against. How an answer is generated and scored is
 `runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.pair_metrics`'s.
 """
 
@@ -51,7 +51,8 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the model before any adapter, kept from an earlier attempt where it got so far."""
+        """Metrics of the model that training starts from: the base or, with `lora.init_from`, that adapter
+        over it. Kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
