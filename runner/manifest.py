@@ -163,11 +163,13 @@ class Training(BaseModel):
 
 
 class Evaluation(Section):
-    """Evaluation by generation, before and after training."""
+    """Evaluation by generation and, of pairs, by log-probability, before and after training."""
 
-    metric: Literal["relaxed_accuracy", "exact_match"] = Field(
-        default="relaxed_accuracy",
-        description="relaxed_accuracy: ChartQA's, numbers within 5 %, text equal; exact_match: text equal.",
+    metric: Literal["relaxed_accuracy", "exact_match", "preference_accuracy"] | None = Field(
+        default=None,
+        description="relaxed_accuracy: ChartQA's, numbers within 5 %, text equal; exact_match: text equal; "
+        "preference_accuracy: the chosen answer likelier than the rejected one. Null: relaxed_accuracy under "
+        "method sft, preference_accuracy under dpo.",
     )
     datasets: Literal["eval"] = Field(
         default="eval", description="Which part of `datasets`; eval is the only one."
@@ -176,8 +178,10 @@ class Evaluation(Section):
         default=None, description="At most this many rows, drawn by seed. Null: all."
     )
     max_new_tokens: Count = Field(default=32, description="Longest answer, in tokens.")
-    baseline: bool = Field(default=True, description="Evaluate the base model before training, too.")
-    batch_size: Count = Field(default=8, description="Rows generated at once.")
+    baseline: bool = Field(default=True, description="Evaluate before training, too.")
+    batch_size: Count = Field(
+        default=8, description="Rows generated at once; of pairs, both answers are scored in one batch, too."
+    )
     steps: Count | None = Field(
         default=None,
         description="Also evaluate every this many optimizer steps. Null: only before and after.",

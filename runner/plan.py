@@ -68,6 +68,9 @@ class Plan(BaseModel):
     """Verified checkpoint folder to go on from; null starts at step 0."""
     adapter: Path | None = None
     """For `evaluate`: the adapter to load; null evaluates the base model."""
+    reference: Path | None = None
+    """For `evaluate` of method dpo: predictions of the model before training, which rewards are measured
+    against; null reports none."""
     save_seconds: float
     """A checkpoint is saved when this much training time has passed since the last one."""
 

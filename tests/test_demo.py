@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import random
 import subprocess
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from runner import demo
-from runner.demo import charts, lessons, pretrain
+from runner.demo import charts, lessons, preferences, pretrain
 from runner.errors import DataError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -144,6 +145,40 @@ def test_lessons_do_not_ask_the_questions_of_the_dataset() -> None:
     asked = {charts.ask(chart, rng).query for chart in islice(charts.charts("train"), 500)}
     for chart in islice(charts.charts("train"), 500):
         assert not asked & {question for question, _ in lessons.lesson(chart, rng).turns}
+
+
+def test_pairs_are_the_same_on_every_machine() -> None:
+    """Pinned as the charts are. A change must raise `preferences.VERSION`."""
+    digest = hashlib.sha256()
+    for split in ("train", "val", "test"):
+        for row in preferences.rows(split, 20):
+            with Image.open(io.BytesIO(row["image"]["bytes"] or b"")) as image:
+                digest.update(image.tobytes())
+            digest.update(repr((row["question"], row["chosen"], row["rejected"])).encode())
+    assert preferences.VERSION == "1-1"
+    assert digest.hexdigest() == "73dc4068c8777138c5c25759115d0b65ccbe70ab8f55e0e83c49572497156f5d"
+
+
+def test_pairs_match_the_pixels_and_each_chart_is_there_with_its_answers_exchanged(tmp_path: Path) -> None:
+    from datasets import load_dataset
+
+    built = demo.resolve_dataset("demo:preferences", tmp_path)
+    splits = dict(load_dataset(str(built), cache_dir=str(tmp_path / "datasets")))
+    assert {name: len(rows) for name, rows in splits.items()} == preferences.ROWS
+    assert preferences.ROWS["test"] >= 200
+    for name, rows in splits.items():
+        assert rows.column_names == ["image", "question", "chosen", "rejected"]
+        step = 20 if name == "train" else 2
+        for bars, line in ((rows[index], rows[index + 1]) for index in range(0, len(rows), step)):
+            columns = read_back(bars["image"])
+            assert read_back(line["image"]) == columns
+            colours, values = zip(*columns, strict=True)
+            shown = charts.Chart("bar", "", colours, values)
+            assert charts.split_of(shown) == name
+            rising = sorted(columns, key=lambda column: column[1])
+            orders = [", ".join(f"{one} {value}" for one, value in way) for way in (rising, rising[::-1])]
+            assert [bars["chosen"], bars["rejected"]] == orders
+            assert [line["rejected"], line["chosen"]] == orders
 
 
 @pytest.mark.parametrize("name", ["demo:nothing", "smolvlm-tiny", "demo:", "demo:../x"])

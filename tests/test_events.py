@@ -219,5 +219,13 @@ def test_metrics_as_people_read_them() -> None:
         "exact match       - -> -  (n=0)",
     ]
     assert change_lines(None, None) == []
+    half = {"overall": 0.5, "n": 240, "low": 0.437, "high": 0.563, "length_normalized": 0.5}
+    most = {"overall": 0.97, "n": 240, "low": 0.94, "high": 0.985, "length_normalized": 0.97}
+    pairs = {"preference_accuracy": half, "reward_accuracy": None}, {"preference_accuracy": most}
+    assert change_lines(*pairs) == [
+        "preference accuracy  0.50 [0.44, 0.56] -> 0.97 [0.94, 0.98]  (n=240)",
+        "reward accuracy      - -> -",
+    ]
+    assert metric_lines(pairs[0]) == ["preference accuracy 0.50 [0.44, 0.56] (n=240)"]
     assert metric_lines(before) == ["relaxed accuracy 0.21 (n=240)", "loss 1.50"]
     assert [duration(one) for one in (5.4, 65, 3750)] == ["0:05", "1:05", "1:02:30"]

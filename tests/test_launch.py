@@ -572,6 +572,28 @@ def test_evaluate_refuses_what_is_no_adapter_and_another_base(bench: Bench) -> N
     assert 'model.dtype: "bfloat16" -> "float32"' in output
 
 
+def test_evaluate_of_pairs_names_the_reference_where_it_holds(bench: Bench) -> None:
+    bench.job["method"] = "dpo"
+    for source in (*bench.job["datasets"]["train"], *bench.job["datasets"]["eval"]):
+        source["format"] = "preference"
+    assert bench.train()[0] == 0
+    kept = bench.run / "evaluation" / "before.predictions.jsonl"
+    cases: list[tuple[dict[str, Any], Path | None]] = [
+        ({}, None),
+        ({}, kept),
+        ({"overrides": ("evaluation.max_samples=1",)}, kept),
+        ({"overrides": ("datasets.eval.0.system_prompt=Look.",)}, None),
+        ({"overrides": ("quantization.load_in_4bit=true", "lora.r=4")}, None),
+        ({"adapter": "base"}, None),
+    ]
+    for number, (command, reference) in enumerate(cases, start=1):
+        code, output = bench.train(verb="evaluate", **command)
+        assert code == 0, output
+        plan = json.loads((bench.run / "evaluation" / "attempts" / str(number) / "plan.json").read_text())
+        assert plan["reference"] == (None if reference is None else str(reference)), command
+        kept.write_text("")
+
+
 def test_evaluate_that_crashes_is_1(bench: Bench) -> None:
     code, output = bench.train(at("evaluate", "exit"), verb="evaluate")
     assert code == 1

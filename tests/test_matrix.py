@@ -12,9 +12,15 @@ from tests.small_job import SMALL
 BITS = {"load_in_4bit": True}
 EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
 
+PAIRS = [{"path": "demo:preferences", "format": "preference"}]
+DPO = {"method": "dpo", "datasets": {"train": PAIRS, "eval": PAIRS}}
+
 ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"method": "dpo"}, ("datasets", "train", 0, "format")),
     ({"datasets": {"train": [{"path": "x", "format": "preference"}]}}, ("datasets", "train", 0, "format")),
+    ({**DPO, "evaluation": {"metric": "relaxed_accuracy"}}, ("evaluation", "metric")),
+    ({**DPO, "evaluation": {"metric": "exact_match"}}, ("evaluation", "metric")),
+    ({**EVAL, "evaluation": {"metric": "preference_accuracy"}}, ("evaluation", "metric")),
     ({"training": {"packing": True}}, ("training", "packing")),
     ({"training": {"eval_packing": True}}, ("training", "eval_packing")),
     ({"training": {"padding_free": True}}, ("training", "padding_free")),
@@ -67,6 +73,9 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"lora": {"init_lora_weights": "orthogonal", "r": 8}},
     {"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers", "layers_to_transform": [1]}},
     {**EVAL, "evaluation": {}, "training": {"eval_strategy": "steps", "eval_on_start": True}},
+    {**EVAL, "evaluation": {"metric": "exact_match"}},
+    {**DPO, "evaluation": {"metric": "preference_accuracy"}},
+    {**DPO, "evaluation": {}},
     {**EVAL, "training": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"}},
     {"training": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}},
     {

@@ -2,8 +2,8 @@
 
 `resolve_model` gives a folder of the installation; `resolve_dataset` builds the dataset on first use in a
 cache folder and gives it from there afterwards. Nothing is downloaded. The charts are in
-`runner.demo.charts`; the model's weights lie in `smolvlm-tiny/` and are made by
-`python -m runner.demo.pretrain`, which nothing here imports.
+`runner.demo.charts`, pairs of answers about them in `runner.demo.preferences`; the model's weights lie in
+`smolvlm-tiny/` and are made by `python -m runner.demo.pretrain`, which nothing here imports.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ def _charts() -> tuple[str, Callable[[Path], None]]:
     return charts.VERSION, charts.build
 
 
-_DATASETS: dict[str, Callable[[], tuple[str, Callable[[Path], None]]]] = {"charts": _charts}
+def _preferences() -> tuple[str, Callable[[Path], None]]:
+    from runner.demo import preferences
+
+    return preferences.VERSION, preferences.build
+
+
+_DATASETS: dict[str, Callable[[], tuple[str, Callable[[Path], None]]]] = {
+    "charts": _charts,
+    "preferences": _preferences,
+}
 """Name -> version of the generator and the function that fills an empty folder."""
 
 MODELS = ("smolvlm-tiny",)

@@ -18,12 +18,15 @@ from __future__ import annotations
 import hashlib
 import io
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from datasets import Features
 
 VERSION = "1"
 """Raise it with every change of a row or a pixel: caches are keyed by it."""
@@ -84,10 +87,14 @@ class Question:
     source: Literal["human", "machine"]
 
 
-class Row(TypedDict):
-    """One row of the dataset, in ChartQA's columns; `image` is encoded, as `datasets.Image` takes it."""
+EncodedImage = dict[str, bytes | None]
+"""`bytes` and `path`, as `datasets.Image` takes them."""
 
-    image: dict[str, bytes | None]
+
+class Row(TypedDict):
+    """One row of the dataset, in ChartQA's columns."""
+
+    image: EncodedImage
     query: str
     label: list[str]
     human_or_machine: str
@@ -142,6 +149,13 @@ def draw(chart: Chart) -> Image.Image:
     return image
 
 
+def encoded(chart: Chart) -> EncodedImage:
+    """The chart as a PNG."""
+    buffer = io.BytesIO()
+    draw(chart).save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
 def ask(chart: Chart, rng: random.Random) -> Question:
     """One question about a chart, with its answer. Half of them read a value, half need a step more."""
     by_colour = dict(chart.content)
@@ -180,8 +194,7 @@ def rows(split: Split, count: int, seed: int = 0) -> Iterator[Row]:
     rng = random.Random(f"{VERSION}/{split}/{seed}/questions")
     made = 0
     for chart in charts(split, seed):
-        buffer = io.BytesIO()
-        draw(chart).save(buffer, format="PNG")
+        image = encoded(chart)
         asked: set[Question] = set()
         while len(asked) < QUESTIONS_PER_CHART[split]:
             question = ask(chart, rng)
@@ -192,7 +205,7 @@ def rows(split: Split, count: int, seed: int = 0) -> Iterator[Row]:
                 return
             made += 1
             yield Row(
-                image={"bytes": buffer.getvalue(), "path": None},
+                image=image,
                 query=question.query,
                 label=[question.answer],
                 human_or_machine=question.source,
@@ -200,9 +213,9 @@ def rows(split: Split, count: int, seed: int = 0) -> Iterator[Row]:
 
 
 def build(folder: Path, seed: int = 0) -> None:
-    """Write every split below `folder`, which must exist, as `data/<split>-00000-of-00001.parquet`."""
+    """Write every split below `folder`, which must exist."""
     # Imported here: `datasets` takes a second, and drawing alone does not need it.
-    from datasets import ClassLabel, Dataset, Features, List, Value
+    from datasets import ClassLabel, Features, List, Value
     from datasets import Image as ImageFeature
 
     features = Features(
@@ -213,11 +226,18 @@ def build(folder: Path, seed: int = 0) -> None:
             "human_or_machine": ClassLabel(names=list(HUMAN_OR_MACHINE)),
         }
     )
-    (folder / "data").mkdir()
     for split, count in ROWS.items():
-        columns: dict[str, list[object]] = {name: [] for name in features}
-        for row in rows(split, count, seed):
-            for name in features:
-                columns[name].append(row[name])  # type: ignore[literal-required]
-        table = Dataset.from_dict(columns, features=features)
-        table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+        write(folder, split, features, rows(split, count, seed))
+
+
+def write(folder: Path, split: Split, features: Features, made: Iterable[Mapping[str, Any]]) -> None:
+    """Write one split as `data/<split>-00000-of-00001.parquet` below `folder`."""
+    from datasets import Dataset
+
+    columns: dict[str, list[object]] = {name: [] for name in features}
+    for row in made:
+        for name, column in columns.items():
+            column.append(row[name])
+    (folder / "data").mkdir(exist_ok=True)
+    table = Dataset.from_dict(columns, features=features)
+    table.to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")

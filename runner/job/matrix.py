@@ -31,6 +31,8 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     method
         dpo                                            x a format without pairs   nothing to prefer
         sft                                            x a format of pairs        which of the two is learned?
+        dpo                                            x evaluation.metric: relaxed_accuracy, exact_match
+        sft                                            x evaluation.metric: preference_accuracy
     vision (all formats have images)
         training.packing, eval_packing, padding_free   x images      SFTTrainer raises
         training.pad_to_multiple_of: a number          x images      TRL's collator raises
@@ -65,6 +67,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         _section(job, "quantization"),
     )
     yield from _formats(job)
+    yield from _metric(job)
     yield from _vision(training)
     if isinstance(job.get("quantization"), dict):
         yield from _quantization(quantization, has_lora=job.get("lora") is not None)
@@ -90,6 +93,17 @@ def _formats(job: dict[str, Any]) -> Iterator[Finding]:
             elif method == "sft" and format in PAIRS:
                 reason = f"method sft learns from one answer a row, and {format} has two"
                 yield Finding(path, reason, "use method: dpo, or a format with one answer")
+
+
+def _metric(job: dict[str, Any]) -> Iterator[Finding]:
+    method, metric = job.get("method", "sft"), _section(job, "evaluation").get("metric")
+    path = ("evaluation", "metric")
+    if method == "dpo" and metric in ("relaxed_accuracy", "exact_match"):
+        reason = f"{metric} compares with the one right answer, and pairs of method dpo have none"
+        yield Finding(path, reason, "remove it, or use preference_accuracy")
+    elif method == "sft" and metric == "preference_accuracy":
+        reason = "preference_accuracy compares two answers, and rows of method sft have one"
+        yield Finding(path, reason, "remove it, or use relaxed_accuracy or exact_match")
 
 
 def _vision(training: Section) -> Iterator[Finding]:

@@ -86,6 +86,7 @@ def evaluate(
             geometry=cut,
             fetched=sources,
             adapter=path,
+            reference=_reference(folder, path, job, stored),
             save_seconds=job.checkpoints.max_loss_seconds,
         )
 
@@ -140,6 +141,19 @@ def choose(adapter: str | Path | None, folder: RunFolder) -> tuple[Path | None, 
     name = f"{path.parent.name}-{path.name}" if path.name == OWN else path.name
     label = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-") or "other"
     return path, f"other-{label}" if label in _TAKEN else label
+
+
+def _reference(
+    folder: RunFolder, adapter: Path | None, job: Job, stored: identity.Identity | None
+) -> Path | None:
+    """The predictions before training, if they hold for what is evaluated now: the run's own adapter, over
+    the same model, on rows of the same sources."""
+    path = folder.evaluation / "before.predictions.jsonl"
+    if stored is None or adapter != folder.adapter or not path.is_file():
+        return None
+    now = job.model_dump(mode="json")
+    same = all(stored.job[key] == now[key] for key in ("model", "quantization", "method"))
+    return path if same and stored.job["datasets"]["eval"] == now["datasets"]["eval"] else None
 
 
 def _keep(made: Path, kept: Path, label: str, adapter: Path | None, job: Job) -> dict[str, Any]:

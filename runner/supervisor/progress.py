@@ -189,20 +189,24 @@ class Screen:
 
 
 def metric_lines(metrics: Mapping[str, Any]) -> list[str]:
-    """`relaxed accuracy 0.93 (n=240; augmented 0.95, human 0.91)`, one line a metric."""
-    lines = []
-    for name, value in metrics.items():
-        lines.append(f"{_title(name)} {_number(_overall(value))}{_count(value, with_groups=True)}")
-    return lines
+    """`relaxed accuracy 0.93 (n=240; augmented 0.95, human 0.91)`, one line a metric that means something."""
+    return [
+        f"{_title(name)} {_estimate(value)}{_count(value, with_groups=True)}"
+        for name, value in metrics.items()
+        if value is not None
+    ]
 
 
 def change_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> list[str]:
-    """`relaxed accuracy  0.21 -> 0.93  (n=240)`, one line a metric, aligned; an unknown side is -."""
+    """`relaxed accuracy  0.21 -> 0.93  (n=240)`, one line a metric, aligned; an unknown side is -.
+
+    With a confidence interval: `preference accuracy  0.50 [0.44, 0.56] -> 0.97 [0.94, 0.99]  (n=240)`.
+    """
     names = list(dict.fromkeys([*(before or {}), *(after or {})]))
     width = max((len(name) for name in names), default=0)
     return [
-        f"{_title(name):<{width}}  {_number(_overall((before or {}).get(name)))} -> "
-        f"{_number(_overall((after or {}).get(name)))} {_count((after or before or {}).get(name))}".rstrip()
+        f"{_title(name):<{width}}  {_estimate((before or {}).get(name))} -> "
+        f"{_estimate((after or {}).get(name))} {_count((after or before or {}).get(name))}".rstrip()
         for name in names
     ]
 
@@ -223,8 +227,12 @@ def _title(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _overall(value: Any) -> Any:
-    return value.get("overall") if isinstance(value, Mapping) else value
+def _estimate(value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return _number(value)
+    ends = [value.get(end) for end in ("low", "high")]
+    interval = "" if None in ends else f" [{', '.join(map(_number, ends))}]"
+    return _number(value.get("overall")) + interval
 
 
 def _number(value: Any) -> str:

@@ -1,8 +1,10 @@
 """Evaluation by generation: the training prompts, greedy answers, a verdict for every one.
 
-`evaluate` leaves no trace: random generators, training modes, caches and weights are as they were. It runs in
-the precision of the autocast context that the caller is in, which is the one of training. What right means is
-`runner.train.metrics`'; where results are written is the caller's.
+Rows that are pairs of answers are also scored: how likely the model finds each of the two. `evaluate` leaves
+no trace: random generators, training modes, caches and weights are as they were. It runs in the precision of
+the autocast context that the caller is in, which is the one of training. What right means is
+`runner.train.metrics`' and, for pairs, `runner.train.pair_metrics`'s; where results are written is the
+caller's.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,12 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, ProcessorMixin
 
 from runner.manifest import Evaluation as Spec
-from runner.train import rng
+from runner.train import pair_metrics, rng
 from runner.train.collator import Batch, Collator, Row
 from runner.train.data import Rows
+from runner.train.messages import words
 from runner.train.metrics import Summary, exact_match, relaxed_accuracy, summarize
+from runner.train.pairs import NOT_THE_MODELS, PairScore, score
 
 LOADERS_BESIDE_A_GPU = 4
 """Processes that decode images while a GPU generates. On a CPU they would take the cores that generate."""
@@ -32,10 +36,29 @@ class Evaluation:
     """What an evaluation found."""
 
     metrics: Summary
-    """As `metrics.summarize` returns it."""
+    """As `metrics.summarize` returns it, or `pair_metrics.summarize`."""
     records: tuple[dict[str, Any], ...]
-    """One a row, in order, ready for JSON: row, question, answers, prediction, relaxed_accuracy and
-    exact_match (bool), group (str or null)."""
+    """One a row, in order, ready for JSON: row, question, prediction, group (str or null) and
+
+        one answer   answers, relaxed_accuracy and exact_match (bool)
+        a pair       chosen, rejected, nearer, logp_chosen, logp_rejected, tokens_chosen, tokens_rejected,
+                     reference_logp_chosen, reference_logp_rejected
+    """
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the answers of pairs are rewarded against."""
+
+    beta: float
+    """Of the training."""
+    records: Mapping[str, Mapping[str, Any]]
+    """By `row`: what `Evaluation.records` holds of a pair. Rows may be missing."""
+
+    def of(self, asked: Mapping[str, str]) -> Mapping[str, Any]:
+        """The record of a pair, empty if there is none or it was of other texts."""
+        record = self.records.get(asked["row"], {})
+        return record if all(record.get(name) == text for name, text in asked.items()) else {}
 
 
 def evaluate(
@@ -44,14 +67,16 @@ def evaluate(
     rows: Rows,
     spec: Spec,
     *,
+    reference: Reference | None = None,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
 ) -> Evaluation | None:
-    """Generate an answer for every row and judge it.
+    """Generate an answer for every row and judge it; of a pair, score both answers, too.
 
     Args:
         model: a transformers model, or a PEFT model over one, on its device.
         spec: `batch_size` rows at once, `max_new_tokens` each.
+        reference: of pairs; without one there are no rewards.
         on_progress: told rows done and rows in all, after every batch.
         should_stop: asked before every batch.
 
@@ -60,15 +85,24 @@ def evaluate(
     """
     total = len(rows.dataset)
     records: list[dict[str, Any]] = []
-    collator = Collator(processor, "prompt_completion", model.dtype)
+    paired = rows.form == "preference"
+    collator = Collator(processor, "preference" if paired else "prompt_completion", model.dtype)
     with rng.preserved(), evaluation_mode(model), torch.no_grad():
         config = greedy(model, processor, spec.max_new_tokens)
-        for examples, batch in _loader(rows, collator, spec.batch_size, model.device):
+        for examples, prompts, answers in _loader(rows, collator, spec.batch_size, model.device):
             if should_stop():
                 return None
-            predictions = _generate(model, processor, batch, config)
-            records += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
+            predictions = _generate(model, processor, prompts, config)
+            if answers is None:
+                records += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
+            else:
+                judged = zip(examples, predictions, score(model, answers), strict=True)
+                records += [_pair_record(row, said, scored, reference) for row, said, scored in judged]
             on_progress(len(records), total)
+    if paired:
+        return Evaluation(
+            pair_metrics.summarize(records, None if reference is None else reference.beta), tuple(records)
+        )
     return Evaluation(summarize(records), tuple(records))
 
 
@@ -113,28 +147,29 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-class _Prompts:
-    """Rows -> themselves without images, and the batch; a class, because it is sent to the loader's
-    processes."""
+class _Batches:
+    """Rows -> themselves without images, the prompts and, of pairs, the answers; a class, because it is sent
+    to the loader's processes."""
 
     def __init__(self, collator: Collator) -> None:
         self._collator = collator
 
-    def __call__(self, rows: list[Row]) -> tuple[list[Row], Batch]:
+    def __call__(self, rows: list[Row]) -> tuple[list[Row], Batch, Batch | None]:
         texts: list[Row] = [{name: value for name, value in row.items() if name != "images"} for row in rows]
-        return texts, self._collator.prompts(rows)
+        answers = self._collator(rows) if self._collator.form == "preference" else None
+        return texts, self._collator.prompts(rows), answers
 
 
 def _loader(
     rows: Rows, collator: Collator, batch_size: int, device: torch.device
-) -> DataLoader[tuple[list[Row], Batch]]:
+) -> DataLoader[tuple[list[Row], Batch, Batch | None]]:
     workers = 0 if device.type == "cpu" else min(LOADERS_BESIDE_A_GPU, os.cpu_count() or 1)
     return DataLoader(
         rows.dataset,
         batch_size=batch_size,
         shuffle=False,
         num_workers=workers,
-        collate_fn=_Prompts(collator),
+        collate_fn=_Batches(collator),
         generator=torch.Generator(),  # a loader draws a seed from it, even without shuffling
     )
 
@@ -146,7 +181,7 @@ def _generate(
     inputs = {
         name: value.to(model.device) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
-        if name not in ("row_index", "image_count")
+        if name not in NOT_THE_MODELS
     }
     output = model.generate(**inputs, generation_config=config)
     answers = output[:, inputs["input_ids"].shape[1] :]
@@ -162,5 +197,20 @@ def _record(row: Row, prediction: str) -> dict[str, Any]:
         "prediction": prediction,
         "relaxed_accuracy": relaxed_accuracy(prediction, answers),
         "exact_match": exact_match(prediction, answers),
+        "group": row["group"],
+    }
+
+
+def _pair_record(row: Row, prediction: str, scored: PairScore, reference: Reference | None) -> dict[str, Any]:
+    chosen, rejected = (words(row[name][0]) for name in ("chosen", "rejected"))
+    asked = {"row": row["row"], "question": row["question"], "chosen": chosen, "rejected": rejected}
+    before = {} if reference is None else reference.of(asked)
+    return {
+        **asked,
+        "prediction": prediction,
+        "nearer": pair_metrics.nearer(prediction, chosen, rejected),
+        **asdict(scored),
+        "reference_logp_chosen": before.get("logp_chosen"),
+        "reference_logp_rejected": before.get("logp_rejected"),
         "group": row["group"],
     }

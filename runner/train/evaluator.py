@@ -3,7 +3,9 @@
     evaluation/before.json, after.json, step-<n>.json    metrics, and the part of the job that they hold for
     evaluation/<label>.predictions.jsonl                 every row: question, truth, prediction, verdicts
 
-How an answer is generated is `runner.train.evaluate`'s, what right means `runner.train.metrics`'.
+Of pairs, the predictions before training hold how likely the model that training starts from finds both
+answers: the reference that later evaluations are rewarded against. How an answer is generated and scored is
+`runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.pair_metrics`'s.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers import ProcessorMixin
+from trl import DPOConfig
 
 from runner.durable import write_json, write_text
 from runner.errors import Preempted, RunnerError
@@ -23,7 +26,10 @@ from runner.plan import Plan
 from runner.train import model as models
 from runner.train.channel import Channel
 from runner.train.data import Rows
-from runner.train.evaluate import Evaluation, evaluate
+from runner.train.evaluate import Evaluation, Reference, evaluate
+
+BEFORE = "before"
+PREDICTIONS = "{}.predictions.jsonl"
 
 
 class Evaluator:
@@ -45,17 +51,18 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the model before any adapter, kept from an earlier attempt where it got so far."""
+        """Metrics of the model that training starts from: the base or, with `lora.init_from`, that adapter
+        over it. Kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
-        kept = self._folder / "before.json"
+        kept = self._folder / f"{BEFORE}.json"
         if kept.exists():
             saved = json.loads(kept.read_text(encoding="utf-8"))
             if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
                 metrics: dict[str, Any] = saved["metrics"]
                 return metrics
-        return self.run("before", "evaluate_before", step=0)
+        return self.run(BEFORE, "evaluate_before", step=0)
 
     def during(self, step: int) -> None:
         """Metrics at a step; a request to stop ends it early and is answered by the next step."""
@@ -74,7 +81,7 @@ class Evaluator:
             return None
         self._channel.send("phase", phase=phase)
         try:
-            result = self._generated(rows, plan.job.evaluation, phase)
+            result = self._generated(rows, plan.job.evaluation, phase, self._reference(label))
         except torch.OutOfMemoryError as error:
             raise RunnerError(
                 f"{phase.replace('_', ' ')}: out of memory. Remedy: an evaluation.batch_size below "
@@ -86,13 +93,36 @@ class Evaluator:
         self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
         return result.metrics
 
-    def _generated(self, rows: Rows, spec: Spec, phase: str) -> Evaluation | None:
+    def _reference(self, label: str) -> Reference | None:
+        """What the model before training made of the pairs, where that was evaluated:
+
+        method  label     baseline  purpose   reference
+        sft     any       any       any       -
+        dpo     before    any       train     -          the policy is the reference
+        dpo     another   yes       train     this run's; - if somebody removed it
+        dpo     another   no        train     -
+        dpo     any       any       evaluate  the plan's, or -
+        """
+        job = self._plan.job
+        path = self._plan.reference
+        if self._plan.purpose == "train" and job.evaluation is not None and job.evaluation.baseline:
+            path = self._folder / PREDICTIONS.format(BEFORE)
+        if job.method != "dpo" or label == BEFORE or path is None or not path.is_file():
+            return None
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        beta = job.training.options.get("beta", DPOConfig.beta)
+        return Reference(beta, {record["row"]: record for record in records})
+
+    def _generated(
+        self, rows: Rows, spec: Spec, phase: str, reference: Reference | None
+    ) -> Evaluation | None:
         with _precision(self._plan):
             return evaluate(
                 self._model,
                 self._processor,
                 rows,
                 spec,
+                reference=reference,
                 on_progress=lambda done, total: self._channel.send(
                     "progress", phase=phase, done=done, total=total
                 ),
@@ -103,7 +133,7 @@ class Evaluator:
         assert self._plan.job.evaluation is not None
         self._folder.mkdir(exist_ok=True)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
-        write_text(self._folder / f"{label}.predictions.jsonl", lines)
+        write_text(self._folder / PREDICTIONS.format(label), lines)
         spec = self._plan.job.evaluation.model_dump(mode="json")
         write_json(
             self._folder / f"{label}.json", {"format": 1, "evaluation": spec, "metrics": result.metrics}

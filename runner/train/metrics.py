@@ -2,7 +2,8 @@
 
 Relaxed accuracy is that of the ChartQA paper (arXiv 2203.10244, section 5.1) as lmms-eval computes it
 (`lmms_eval/tasks/chartqa/utils.py`, `relaxed_correctness`), so that scores can be put beside published ones.
-Which rows are asked, and what the model said, is `runner.train.evaluate`'s.
+Which rows are asked, and what the model said, is `runner.train.evaluate`'s; pairs of answers are judged by
+`runner.train.pair_metrics`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ METRICS = ("relaxed_accuracy", "exact_match")
 RESERVED_GROUPS = frozenset({"overall", "n"})
 """Words that `summarize` uses itself; no group may have them."""
 
-Summary = dict[str, dict[str, float | int | None]]
+Parts = dict[str, float | int | None]
+Summary = dict[str, Parts | None]
+"""Metric -> its parts, `overall` and `n` among them; None where the metric means nothing."""
 
 
 def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> bool:
@@ -81,7 +84,7 @@ def summarize(records: Sequence[Mapping[str, Any]]) -> Summary:
     summary: Summary = {}
     for metric in METRICS:
         right = [bool(record[metric]) for record in records]
-        parts: dict[str, float | int | None] = {"overall": _share(right), "n": len(right)}
+        parts: Parts = {"overall": _share(right), "n": len(right)}
         for group in groups:
             part = [bool(record[metric]) for record in records if record["group"] == group]
             parts |= {group: _share(part), f"n_{group}": len(part)}

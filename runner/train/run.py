@@ -65,13 +65,17 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     channel.send("phase", phase="load")
     try:
         base = models.load_base(plan.job, plan.fetched.model)
-        # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base into it.
-        before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
-        set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
+        before = None
+        if start is None:
+            # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base there.
+            before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
+        set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
+        if start is not None:
+            before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
         channel.send("plan", **_numbers(plan, prepared, trainer))
         control = _fit(plan, channel, trainer)
