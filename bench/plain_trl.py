@@ -3,8 +3,9 @@
 Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss and the seconds of every
 optimizer step and the peak resident memory in bytes. It uses nothing of the runner but the demo's files.
 
-SPEC: model (folder), data (parquet file with image, query, label), rows, seed, dtype, quantization (dict or
-null), lora (dict), training (SFTConfig fields), processor (AutoProcessor keyword arguments).
+SPEC: method (sft or dpo), model (folder), data (parquet file with image, query, label, or with image,
+question, chosen, rejected), rows, seed, dtype, quantization (dict or null), lora (dict), training (fields of
+SFTConfig or DPOConfig), processor (AutoProcessor keyword arguments).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 class Clock(TrainerCallback):
@@ -44,19 +47,26 @@ class Clock(TrainerCallback):
         self.mark = now
 
 
-def conversation(row: dict[str, Any]) -> dict[str, Any]:
-    """One row of chart questions as TRL's prompt and completion."""
-    return {
-        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["query"]}]}],
-        "completion": [{"role": "assistant", "content": [{"type": "text", "text": row["label"][0]}]}],
-        "images": [row["image"]],
-    }
+def said(text: str) -> list[dict[str, Any]]:
+    """One assistant message."""
+    return [{"role": "assistant", "content": [{"type": "text", "text": text}]}]
+
+
+def conversation(row: dict[str, Any], method: str) -> dict[str, Any]:
+    """One row as TRL's prompt and completion, or as its prompt, chosen and rejected."""
+    question = row["query"] if method == "sft" else row["question"]
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    if method == "sft":
+        answers = {"completion": said(row["label"][0])}
+    else:
+        answers = {"chosen": said(row["chosen"]), "rejected": said(row["rejected"])}
+    return {"prompt": prompt, **answers, "images": [row["image"]]}
 
 
 def rows(spec: dict[str, Any]) -> Dataset:
     """The first `rows` rows in TRL's form."""
     source = load_dataset("parquet", data_files=spec["data"], split=f"train[:{spec['rows']}]")
-    return Dataset.from_list([conversation(row) for row in source])
+    return Dataset.from_list([conversation(row, spec["method"]) for row in source])
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -73,9 +83,10 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
     clock = Clock()
-    trainer = SFTTrainer(
+    trainer_class, config_class = METHODS[spec["method"]]
+    trainer = trainer_class(
         model=model,
-        args=SFTConfig(
+        args=config_class(
             **{
                 "output_dir": "unused",
                 "seed": spec["seed"],

@@ -140,6 +140,7 @@ def ours(folder: Path, model: Path, data: Path, turn: int) -> dict[str, Any]:
 def plain(folder: Path, model: Path, data: Path, rows: int) -> dict[str, Any]:
     """`bench/plain_trl.py` with the same values, its adapter on the same modules."""
     spec = {
+        "method": "sft",
         "model": str(model),
         "data": str(data),
         "rows": rows,

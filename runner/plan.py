@@ -42,6 +42,8 @@ class Fetched(BaseModel):
     """Folder or file of each `datasets.train` entry, in the job's order."""
     eval: list[str]
     """The same for `datasets.eval`."""
+    init_from: str | None = None
+    """Folder of the adapter or checkpoint that `lora.init_from` names."""
     revisions: dict[str, str] = {}
     """Resolved commit hash of every hub repository, by its id."""
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import datasets
+
 from runner.demo import resolve_dataset, resolve_model
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
@@ -48,13 +50,34 @@ def charts() -> Path:
     return resolve_dataset("demo:charts", Path(os.environ["RUNNER_CACHE"]))
 
 
+def pairs(folder: Path) -> Path:
+    """A file of preference pairs in RLAIF-V's columns: the charts' own answers, preferred to longer ones."""
+    file = folder / "pairs.parquet"
+    if not file.exists():
+        table = datasets.load_dataset(
+            "parquet", data_files=str(next(charts().glob("data/train*"))), split="train[:24]"
+        )
+        table = table.cast_column("image", datasets.Image(decode=False))
+        datasets.Dataset.from_dict(
+            {
+                "image": table["image"][:],
+                "question": table["query"][:],
+                "chosen": [labels[0] for labels in table["label"]],
+                "rejected": [f"I think {labels[0]} or so" for labels in table["label"]],
+            }
+        ).cast_column("image", datasets.Image()).to_parquet(file)
+    return file
+
+
 def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One attempt in its own process: its outcome and its events. `folder` becomes `runs/<name>`.
 
-    `changes` are laid over `JOB`, `fields` over the plan.
+    `changes` are laid over `JOB`, `fields` over the plan; `data` lies where the datasets are, else
+    the charts do.
     """
     job = Job.model_validate(merged(JOB, changes))
     attempt = fields.pop("attempt", 1)
+    data = str(fields.pop("data", None) or charts())
     attempt_dir = folder / "attempts" / str(attempt)
     attempt_dir.mkdir(parents=True)
     (folder / "outbox").mkdir(exist_ok=True)
@@ -67,8 +90,9 @@ def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str,
         geometry=geometry(job),
         fetched=Fetched(
             model=str(resolve_model("demo:smolvlm-tiny")),
-            train=[str(charts())] * len(job.datasets.train),
-            eval=[str(charts())] * len(job.datasets.eval),
+            train=[data] * len(job.datasets.train),
+            eval=[data] * len(job.datasets.eval),
+            init_from=fields.pop("init_from", None),
         ),
         save_seconds=3600,
         **fields,

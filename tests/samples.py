@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,57 @@ def chartqa(folder: Path, images: Sequence[bytes | None], **columns: Sequence[An
         "human_or_machine": [number % 2 for number in range(count)],
         **columns,
     }
+    return _parquet(folder, rows, CHARTQA)
+
+
+PARTS = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+
+
+def rlaif_v(folder: Path, images: Sequence[bytes | None], **columns: Sequence[Any]) -> Path:
+    """A folder with one parquet file, split train, in the columns of openbmb/RLAIF-V-Dataset."""
+    count = len(images)
+    rows: dict[str, Sequence[Any]] = {
+        "ds_name": ["RLAIF-V"] * count,
+        "image": [None if data is None else {"bytes": data, "path": None} for data in images],
+        "question": [f"What is value {number}?" for number in range(count)],
+        "chosen": [f"It is {number}." for number in range(count)],
+        "rejected": ["I see " + "many, " * number + "and a red bar." for number in range(count)],
+        "idx": [str(number) for number in range(count)],
+        **columns,
+    }
+    features = Features({name: Image() if name == "image" else Value("string") for name in rows})
+    return _parquet(folder, rows, features)
+
+
+def rlaif_v_formatted(folder: Path, images: Sequence[list[bytes]], **columns: Sequence[Any]) -> Path:
+    """The same pairs in the columns of HuggingFaceH4/rlaif-v_formatted."""
+
+    def said(role: str, text: str, shown: int = 0) -> list[dict[str, Any]]:
+        parts = [{"type": "image", "text": None}] * shown
+        return [{"role": role, "content": [*parts, {"type": "text", "text": text}]}]
+
+    count = len(images)
+    rows: dict[str, Sequence[Any]] = {
+        "images": [[{"bytes": data, "path": None} for data in row] for row in images],
+        "prompt": [said("user", f"What is value {n}?", len(images[n])) for n in range(count)],
+        "chosen": [said("assistant", f"It is {n}.") for n in range(count)],
+        "rejected": [said("assistant", "I see " + "many, " * n + "and a red bar.") for n in range(count)],
+        **columns,
+    }
+    features = Features({name: List(Image()) if name == "images" else PARTS for name in rows})
+    return _parquet(folder, rows, features)
+
+
+def _parquet(folder: Path, rows: dict[str, Sequence[Any]], features: Features) -> Path:
     (folder / "data").mkdir(parents=True)
-    table = Dataset.from_dict(dict(rows), features=CHARTQA)
+    table = Dataset.from_dict(dict(rows), features=features)
     table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return folder
+
+
+def jsonl(path: Path, entries: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+    return path
 
 
 def source(path: str = "charts", **fields: Any) -> Source:

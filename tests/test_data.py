@@ -27,6 +27,7 @@ from tests.samples import (
     encoded,
     grey16,
     idefics2,
+    jsonl,
     llava_next,
     palette,
     picture,
@@ -76,11 +77,6 @@ def test_image_bytes_are_not_copied(tmp_path: Path, processor: ProcessorMixin) -
     assert len(made.dataset) == 5
     assert column.nbytes > 8 * 150_000
     assert pa.total_allocated_bytes() - before < 150_000
-
-
-def jsonl(path: Path, entries: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    return path
 
 
 def test_caption_from_jsonl_with_paths_beside_it(tmp_path: Path, processor: ProcessorMixin) -> None:

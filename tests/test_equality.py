@@ -2,50 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.attempts import JOB, charts, run, steps
+from tests.attempts import JOB, run, steps
+from tests.plain import plain_trl
 
-BENCH = Path(__file__).parents[1] / "bench" / "plain_trl.py"
-FROZEN = r"model\.(vision_model|connector)(\..*)?"
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
-
-
-def plain_trl(folder: Path, quantization: dict[str, Any] | None, training: dict[str, Any]) -> list[float]:
-    """The loss of every step of `bench/plain_trl.py`, which uses nothing of the runner."""
-    from runner.demo import resolve_model
-
-    folder.mkdir()
-    skip = {"llm_int8_skip_modules": ["model.vision_model", "model.connector", "lm_head"]}
-    spec = {
-        "model": str(resolve_model("demo:smolvlm-tiny")),
-        "data": str(next(charts().glob("data/train*.parquet"))),
-        "rows": 16,
-        "seed": JOB["seed"],
-        "dtype": "float32",
-        "quantization": quantization and {**quantization, **skip},
-        "processor": {},
-        "lora": {**JOB["lora"], "exclude_modules": FROZEN},
-        "training": {
-            "num_train_epochs": 2,
-            "learning_rate": 1e-3,
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 2,
-            **training,
-        },
-    }
-    (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, str(BENCH), str(folder / "spec.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode == 0, done.stderr[-3000:]
-    losses: list[float] = json.loads(done.stdout.splitlines()[-1])["losses"]
-    return losses
 
 
 @pytest.mark.parametrize("quantization", [None, FOUR_BIT], ids=["float32", "4-bit"])

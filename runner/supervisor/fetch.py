@@ -3,6 +3,7 @@
     demo:charts                         built by `runner.demo` into the cache
     ./data, /data/x, ~/x, rows.jsonl    must be there
     organisation/name                   from the hub (`runner.supervisor.hub`), at one commit
+    lora.init_from                      a folder on this machine, hashed whole
 
 It is a process of its own, so that the supervisor stays small and Ctrl-C in a long download is nothing
 special: what was downloaded stays in the hub's cache. The request is the job and the commits that earlier
@@ -165,7 +166,18 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
     model = one("model", job.model.name_or_path, job.model.revision)
     train = [one("dataset", source.path, source.revision) for source in job.datasets.train if request.train]
     held_out = [one("dataset", source.path, source.revision) for source in job.datasets.eval]
-    fetched = Fetched(model=model, train=train, eval=held_out, revisions=revisions)
+    start = None
+    if request.train and job.lora is not None and (init_from := job.lora.get("init_from")) is not None:
+        start = _start(init_from)
+        # Whole: it is small, and one changed number makes another run.
+        prints[init_from] = _hashed(start)
+    fetched = Fetched(
+        model=model,
+        train=train,
+        eval=held_out,
+        init_from=None if start is None else str(start),
+        revisions=revisions,
+    )
     return Answer(fetched=fetched, pins=pins, fingerprints=prints)
 
 
@@ -185,6 +197,32 @@ def fingerprint(path: Path) -> str:
                     digest.update(content.read(_ENDS))
                     content.seek(max(0, size - _ENDS))
                     digest.update(content.read(_ENDS))
+    return digest.hexdigest()
+
+
+def _start(given: str) -> Path:
+    """The folder that `lora.init_from` names: an adapter's, or a checkpoint's.
+
+    Raises:
+        DataError: there is none, or it holds neither.
+    """
+    path = Path(given.removeprefix("file://")).expanduser().absolute()
+    if not any((path / name).is_file() for name in ("adapter_config.json", "parameters.safetensors")):
+        raise DataError(
+            f"find lora.init_from {given}: {path} holds neither adapter_config.json nor "
+            "parameters.safetensors; remedy: name an adapter's folder, as runs/<name>/adapter, or a "
+            "checkpoint's, as runs/<name>/checkpoints/<id>"
+        )
+    return path
+
+
+def _hashed(folder: Path) -> str:
+    """SHA-256 over names and contents of the files that decide where training starts."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".safetensors"):
+            with file.open("rb") as content:
+                digest.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
 
 

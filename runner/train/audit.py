@@ -1,9 +1,9 @@
 """The label audit: before step 1, decode what really carries loss and refuse what must not.
 
-`audit` sends a few rows through the collator that training uses and looks at the labels that come out: an
-answer must carry loss, once for every assistant turn; an image token, or anything that stands before the
-answer, must not. That no row has an empty answer was checked on all rows (`runner.train.formats`). It changes
-nothing.
+`audit` sends a few rows through the collator that training uses and looks at what comes out: an answer must
+carry loss, once for every assistant turn, and of a pair the chosen and the rejected one; an image token,
+padding, or anything that stands before the answer, must not. That no row has an empty answer was checked on
+all rows (`runner.train.formats`). It changes nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trl.chat_template_utils import is_chat_template_stop_token_trained
 from runner.errors import DataError
 from runner.train.collator import Collator, Row
 from runner.train.data import Rows
-from runner.train.formats import words
+from runner.train.messages import words
 from runner.train.tokens import REFUSALS
 
 SHOWN_CHARACTERS = 60
@@ -36,7 +36,8 @@ def audit(rows: Rows, collator: Collator, processor: ProcessorMixin, samples: in
         samples: rows to look at.
 
     Returns:
-        Lines to print: for each row its name, its tokens, the end of its prompt and what carries loss.
+        Lines to print: for each row its name, its tokens, the end of its prompt and what carries loss; for a
+        pair both answers.
 
     Raises:
         DataError: labels that are wrong, or rows with and without images that do not go into one batch. All
@@ -50,9 +51,13 @@ def audit(rows: Rows, collator: Collator, processor: ProcessorMixin, samples: in
     problems: list[str] = []
     for position in positions:
         row = rows.dataset[position]
-        spans, reasons = _checked(row, collator, processor)
-        problems += [f"{row['row']}: {reason}" for reason in reasons]
-        lines += _described(row, spans, collator, processor)
+        sequences = _sequences(row, collator)
+        for sequence in sequences:
+            which = f"{sequence.half}: " if sequence.half else ""
+            problems += [
+                f"{row['row']}: {which}{reason}" for reason in _wrong(row, sequence, collator, processor)
+            ]
+        lines += _described(row, sequences, processor)
     problems += _mixed(rows, collator)
     if problems:
         raise DataError(
@@ -73,47 +78,89 @@ class _Span:
     stop: int
 
 
-def _checked(row: Row, collator: Collator, processor: ProcessorMixin) -> tuple[list[_Span], list[str]]:
-    """The spans of a row that carry loss, and what is wrong with them."""
-    batch = collator([row])
-    ids, labels = batch["input_ids"][0], batch["labels"][0]
-    learned = labels != NO_LOSS
-    spans = _spans(learned)
-    if not spans:
-        return spans, ["nothing carries loss"]
-    reasons = []
-    if bool((labels[learned] != ids[learned]).any()):
-        reasons.append("labels differ from the tokens that they stand for")
-    images = torch.isin(ids, torch.tensor([one for one in processor.image_token_ids if one is not None]))
-    if bool((images & learned).any()):
-        reasons.append(f"{int((images & learned).sum())} image tokens carry loss")
-    answers = _answers(row)
-    if len(spans) != len(answers):
-        return spans, [*reasons, f"{len(spans)} stretches carry loss for {len(answers)} answers"]
-    done = 0
-    for span, answer in zip(spans, answers, strict=True):
-        text = words(_messages(row)[answer])
-        said = processor.decode(ids[span.start : span.stop], skip_special_tokens=True)
-        if _plain(text) not in _plain(said):
-            reasons.append(f"the loss is on {said!r} and not on the answer {text!r}")
-        prompt = _prompt_length(row, answer, ids, collator)
-        if bool(learned[done:prompt].any()):
-            reasons.append(f"the prompt carries loss: {processor.decode(ids[span.start : prompt])!r}")
-        done = span.stop
-    return spans, reasons
+@dataclass(frozen=True)
+class _Sequence:
+    """What the collator made of a row, or of one half of a pair; T tokens."""
 
-
-def _answers(row: Row) -> list[int]:
+    half: str | None
+    """`chosen` or `rejected`; None where there is one sequence."""
+    messages: list[Any]
+    answers: list[int]
     """Which messages carry loss."""
-    messages = _messages(row)
-    if "messages" not in row:
+    ids: torch.Tensor
+    """int64 (T,), as `labels`: what is learned where `learned`, bool (T,), says that there is loss."""
+    labels: torch.Tensor
+    learned: torch.Tensor
+    attended: torch.Tensor
+    """int64 (T,): 0 for padding."""
+    spans: list[_Span]
+    """Where `learned` is true."""
+
+
+def _sequences(row: Row, collator: Collator) -> list[_Sequence]:
+    batch = collator([row])
+    halves: dict[str | None, list[Any]]
+    if "chosen" in row:
+        halves = {half: [*row["prompt"], *row[half]] for half in ("chosen", "rejected")}
+        # TRL's loss takes its labels from the ids themselves.
+        labels, learned = batch["input_ids"], batch["completion_mask"] == 1
+    else:
+        halves = {None: row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]}
+        labels, learned = batch["labels"], batch["labels"] != NO_LOSS
+    return [
+        _Sequence(
+            half=half,
+            messages=messages,
+            answers=_answers(messages, every="messages" in row),
+            ids=batch["input_ids"][number],
+            labels=labels[number],
+            learned=learned[number],
+            attended=batch["attention_mask"][number],
+            spans=_spans(learned[number]),
+        )
+        for number, (half, messages) in enumerate(halves.items())
+    ]
+
+
+def _answers(messages: Sequence[Any], every: bool) -> list[int]:
+    """Which messages carry loss: every one of the assistant's, or the last."""
+    if not every:
         return [len(messages) - 1]
     return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
 
 
-def _prompt_length(row: Row, answer: int, ids: torch.Tensor, collator: Collator) -> int:
+def _wrong(row: Row, sequence: _Sequence, collator: Collator, processor: ProcessorMixin) -> list[str]:
+    """What is wrong with what carries loss."""
+    ids, learned, spans = sequence.ids, sequence.learned, sequence.spans
+    if not spans:
+        return ["nothing carries loss"]
+    reasons = []
+    if bool((sequence.labels[learned] != ids[learned]).any()):
+        reasons.append("labels differ from the tokens that they stand for")
+    images = torch.isin(ids, torch.tensor([one for one in processor.image_token_ids if one is not None]))
+    if bool((images & learned).any()):
+        reasons.append(f"{int((images & learned).sum())} image tokens carry loss")
+    padding = learned & (sequence.attended == 0)
+    if bool(padding.any()):
+        reasons.append(f"{int(padding.sum())} tokens of padding carry loss")
+    if len(spans) != len(sequence.answers):
+        return [*reasons, f"{len(spans)} stretches carry loss for {len(sequence.answers)} answers"]
+    done = 0
+    for span, answer in zip(spans, sequence.answers, strict=True):
+        text = words(sequence.messages[answer])
+        said = processor.decode(ids[span.start : span.stop], skip_special_tokens=True)
+        if _plain(text) not in _plain(said):
+            reasons.append(f"the loss is on {said!r} and not on the answer {text!r}")
+        prompt = _prompt_length(row, sequence, answer, collator)
+        if bool(learned[done:prompt].any()):
+            reasons.append(f"the prompt carries loss: {processor.decode(ids[span.start : prompt])!r}")
+        done = span.stop
+    return reasons
+
+
+def _prompt_length(row: Row, sequence: _Sequence, answer: int, collator: Collator) -> int:
     """Tokens before an answer: those that the row has in common with what its generation begins from."""
-    messages = _messages(row)[: answer + 1]
+    ids, messages = sequence.ids, sequence.messages[: answer + 1]
     shown = sum(part["type"] == "image" for message in messages for part in message["content"])
     images = [stored for stored in row["images"] if stored is not None][:shown]
     asked = collator.prompts([{**row, "messages": messages, "images": images}])["input_ids"][0]
@@ -122,18 +169,20 @@ def _prompt_length(row: Row, answer: int, ids: torch.Tensor, collator: Collator)
     return int(differ[0]) if len(differ) else common
 
 
-def _described(row: Row, spans: Sequence[_Span], collator: Collator, processor: ProcessorMixin) -> list[str]:
-    ids = collator([row])["input_ids"][0]
-    learned = sum(span.stop - span.start for span in spans)
+def _described(row: Row, sequences: Sequence[_Sequence], processor: ProcessorMixin) -> list[str]:
+    counts = [sum(span.stop - span.start for span in sequence.spans) for sequence in sequences]
+    learned = " and ".join(str(count) for count in counts)
     lines = [
         f"  {row['row']}: {row['tokens']:,} tokens, {row['image_count']} images, {learned} tokens carry loss"
     ]
-    for span in spans:
-        prompt = processor.decode(ids[: span.start])
-        lines.append(f"    prompt ends  {prompt[-SHOWN_CHARACTERS:]!r}")
-        answer = processor.decode(ids[span.start : span.stop])
-        cut = "" if len(answer) <= SHOWN_CHARACTERS else f" ... {answer[-SHOWN_CHARACTERS // 2 :]!r}"
-        lines.append(f"    loss on      {answer[:SHOWN_CHARACTERS]!r}{cut}")
+    for sequence in sequences:
+        for span in sequence.spans:
+            if sequence is sequences[0]:  # the halves of a pair have one prompt
+                prompt = processor.decode(sequence.ids[: span.start])
+                lines.append(f"    prompt ends  {prompt[-SHOWN_CHARACTERS:]!r}")
+            answer = processor.decode(sequence.ids[span.start : span.stop])
+            cut = "" if len(answer) <= SHOWN_CHARACTERS else f" ... {answer[-SHOWN_CHARACTERS // 2 :]!r}"
+            lines.append(f"    {sequence.half or 'loss on':<12} {answer[:SHOWN_CHARACTERS]!r}{cut}")
     return lines
 
 
@@ -167,10 +216,6 @@ def _spans(learned: torch.Tensor) -> list[_Span]:
     edges = torch.diff(learned.int(), prepend=outside, append=outside)
     starts, stops = (edges == 1).nonzero().flatten(), (edges == -1).nonzero().flatten()
     return [_Span(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
-
-
-def _messages(row: Row) -> list[Any]:
-    return list(row["messages"]) if "messages" in row else [*row["prompt"], *row["completion"]]
 
 
 def _plain(text: str) -> str:

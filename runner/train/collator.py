@@ -1,11 +1,14 @@
 """Rows -> a batch: images decoded under the policy, text and labels exactly as TRL's own collator makes them.
 
-    train      Collator(...)(rows)          padded right, labels on the answers only
+    train      Collator(...)(rows)          padded right, loss on the answers only
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
-A row has `prompt` and `completion` (loss on the completion) or `messages` (loss on every assistant turn,
-through the `{% generation %}` markers of a training template). Nothing is ever truncated. It holds a
-processor and plain values, so it can be sent to the loader's workers, where the decoding happens.
+A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn,
+through the `{% generation %}` markers of a training template), or `prompt`, `chosen` and `rejected` (a pair).
+Rows with several images, one and none go into one batch, where the processor takes them. That is for one
+process: a rank whose batch has no image does not run the tower, and strategies that shard the model over
+ranks would wait for it; they refuse such rows. Nothing is ever truncated. It holds a processor and plain
+values, so it can be sent to the loader's workers, where the decoding happens.
 """
 
 from __future__ import annotations
@@ -18,15 +21,21 @@ from PIL.Image import Image
 from transformers import ProcessorMixin
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.formats import without_nulls
 from runner.train.images import BadImage, open_image
+from runner.train.messages import without_nulls
 
-Form = Literal["prompt_completion", "messages"]
+Form = Literal["prompt_completion", "messages", "preference"]
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
+
+_MESSAGES: tuple[str, ...] = ("messages",)
+_COMPLETION: tuple[str, ...] = ("prompt", "completion")
+_PAIR: tuple[str, ...] = ("prompt", "chosen", "rejected")
+"""The columns of each form that hold messages."""
 
 _MASKS = ("pixel_attention_mask", "pixel_mask")
 """0/1 masks over pixels, by the names that transformers' processors give them."""
@@ -69,6 +78,7 @@ class Collator:
         self.form: Form = form
         self.dtype = dtype
         self._completions = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
+        self._pairs = DataCollatorForVisionPreference(processor)
         self._turns = self._turn_collator() if form == "messages" else None
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -77,9 +87,11 @@ class Collator:
         Returns:
             What TRL's `DataCollatorForVisionLanguageModeling` returns (`input_ids`, `attention_mask`,
             `labels`: int64 (B, T); -100 where there is no loss; `pixel_values` and whatever else the
-            processor makes), with pixel values in the model's dtype, pixel masks as bool, and `row_index`,
-            `image_count`: int64 (B,). Conversations of which the first has no image come in another order
-            than `rows`.
+            processor makes), or, for pairs, its `DataCollatorForVisionPreference` (`input_ids`,
+            `attention_mask`, `completion_mask`: int64 (2B, T), the chosen answers first, then the rejected
+            ones; the images, too, stand there twice); with pixel values in the model's dtype, pixel masks as
+            bool, and `row_index`, `image_count`: int64 (B,), where each image counts once. Conversations of
+            which the first has no image come in another order than `rows`.
 
         Raises:
             DataError: an image that was readable before training is not any more.
@@ -87,19 +99,17 @@ class Collator:
         if "messages" in rows[0]:
             rows = _images_first(rows)
             self._turns = self._turns or self._turn_collator()
-            examples = [{"images": images(row), "messages": without_nulls(row["messages"])} for row in rows]
-            batch = self._turns(examples)
+            collate, names = self._turns, _MESSAGES
+        elif "chosen" in rows[0]:
+            collate, names = self._pairs, _PAIR
         else:
-            examples = [
-                {
-                    "images": images(row),
-                    "prompt": without_nulls(row["prompt"]),
-                    "completion": without_nulls(row["completion"]),
-                }
-                for row in rows
-            ]
-            batch = self._completions(examples)
-        return self._finished(batch, rows, [len(example["images"]) for example in examples])
+            collate, names = self._completions, _COMPLETION
+        shown = [images(row) for row in rows]
+        examples = [
+            {"images": pictures, **{name: without_nulls(row[name]) for name in names}}
+            for row, pictures in zip(rows, shown, strict=True)
+        ]
+        return self._finished(collate(examples), rows, [len(pictures) for pictures in shown])
 
     def prompts(self, rows: Sequence[Row]) -> Batch:
         """A batch to generate from: the training prompts up to the answer, padded left, without labels."""
@@ -132,16 +142,17 @@ class Collator:
         template: str | None = self._turns.chat_template
         return template
 
-    def texts(self, row: Row) -> list[str]:
-        """What a row is tokenized from, each image still one placeholder: prompt and completion, or all."""
+    def texts(self, row: Row) -> list[list[str]]:
+        """What a row is tokenized from, each image still one placeholder: the parts of its sequence, and of
+        a pair those of both."""
         if "messages" in row:
             text: str = self.processor.apply_chat_template(
                 without_nulls(row["messages"]), chat_template=self.template, tokenize=False
             )
-            return [text]
-        example = {name: without_nulls(row[name]) for name in ("prompt", "completion")}
-        rendered = apply_chat_template(example, self.processor)
-        return [rendered["prompt"], rendered["completion"]]
+            return [[text]]
+        names = _PAIR if "chosen" in row else _COMPLETION
+        rendered = apply_chat_template({name: without_nulls(row[name]) for name in names}, self.processor)
+        return [[rendered["prompt"], rendered[answer]] for answer in names[1:]]
 
     def _turn_collator(self) -> DataCollatorForVisionLanguageModeling:
         return DataCollatorForVisionLanguageModeling(

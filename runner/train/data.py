@@ -2,7 +2,7 @@
 
     open      each source by `datasets`                                  runner.train.sources
     draw      max_samples of each source, then of all, by seed, in the order of the dataset
-    convert   every row to messages                                      runner.train.formats
+    convert   every row to messages                                      runner.train.conversions, .formats
     inspect   every drawn image: full decode under the image policy      runner.train.images
     count     the tokens of every row                                    runner.train.tokens
     judge     by the job's on_bad_row and on_overflow                    runner.train.checks
@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,21 +32,17 @@ from runner.manifest import Datasets, Source
 from runner.train import formats, images
 from runner.train.checks import Candidate, judge, notes
 from runner.train.collator import Collator, Form, training_template
-from runner.train.sources import Opened, image_counts, image_lists, images_dataset, open_source
+from runner.train.conversions import converted, form_of, shaped
+from runner.train.sources import (
+    Opened,
+    image_counts,
+    image_lists,
+    images_dataset,
+    open_source,
+    shown_images,
+)
 
 _TEXT = Value("string")
-_MESSAGES = List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})})
-_SPOKEN = {"question": _TEXT, "answers": List(_TEXT), "group": _TEXT}
-_CONVERTED = Features(
-    {
-        "messages": _MESSAGES,
-        **_SPOKEN,
-        "turns": Value("int32"),
-        "history": Value("bool"),
-        "digest": _TEXT,
-        "problem": _TEXT,
-    }
-)
 _INSPECTED = Features(
     {
         "problem": _TEXT,
@@ -74,16 +70,18 @@ class Rows:
     dataset: Dataset
     """One row each, in the order of the job's sources. Columns:
 
-        images        undecoded {bytes, path}, any number of them
-        prompt, completion | messages
-                      lists of {role, content: [{type, text}]}; which of the two is `form`
+        images        undecoded {bytes, path}, any number of them, in the order of the image parts
+        prompt, completion | messages | prompt, chosen, rejected
+                      lists of {role, content: [{type, text}]}; which of the three is `form`
         question      what the last user message asks
-        answers       accepted in evaluation; the first one is trained on
+        answers       accepted in evaluation; the first one is trained on, or preferred
         group         part of the evaluation (ChartQA: human, augmented), or null
         row           the row's name for people: `path[split] row 123`, counted from 0 within the split
         index         its position here, 0..n-1
-        image_count   how many images it has
-        tokens        its length, image tokens included, when it is collated alone
+        image_count   how many images it shows; 0 for a row of text among them, which one process can train
+                      on, and a strategy that shards the model over several cannot
+        tokens        its length, image tokens included, when it is collated alone; of a pair, that of the
+                      longer sequence
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
     """
     form: Form
@@ -129,26 +127,29 @@ def load(
     counts = [image_counts(one.data.column("images")) for one in pictures]
     controls = _controls(processor)
     texts = [
-        _converted(one, source, count, controls, policy.num_proc)
+        converted(one, source, count, controls, policy.num_proc)
         for one, source, count in zip(opened, sources, counts, strict=True)
     ]
+    shown: list[list[list[int]]] = [text.data.column("shown").to_pylist() for text in texts]
     found = [
         _inspected(one, picture, rows, policy.num_proc)
         for one, picture, rows in zip(opened, pictures, drawn, strict=True)
     ]
-    form = _form(texts, drawn)
+    form = form_of(sources, texts, drawn)
     if form == "messages":
         training_template(processor)
-    candidates = _candidates(opened, texts, found, drawn, form)
-    shaped = [_shaped(one, form) for one in texts]
+    candidates = _candidates(opened, texts, shown, found, drawn, form)
     joined = concatenate_datasets(
-        [concatenate_datasets(pair, axis=1) for pair in zip(pictures, shaped, strict=True)]
+        [
+            concatenate_datasets([_in_order(picture, orders), shaped(text, form)], axis=1)
+            for picture, orders, text in zip(pictures, shown, texts, strict=True)
+        ]
     )
     # Never sent to another process or to a model, so its dtype means nothing.
     collator = Collator(processor, "prompt_completion", torch.float32)
     verdict = judge(candidates, joined, collator, policy, limit, f"datasets.{name}")
     return Rows(
-        dataset=_dataset(joined, verdict.kept, [number for count in counts for number in count]),
+        dataset=_dataset(joined, verdict.kept, [len(order) for orders in shown for order in orders]),
         form=form,
         skipped=tuple((row.name, row.problem or "") for row in verdict.left_out),
         notes=notes(verdict.kept, f"datasets.{name}"),
@@ -180,40 +181,16 @@ def _pictures(opened: Opened) -> Dataset:
     return images_dataset(lists, f"{opened.key}-images")
 
 
+def _in_order(pictures: Dataset, shown: list[list[int]]) -> Dataset:
+    """Every row's images as its image parts show them."""
+    lists = shown_images(pictures.data.column("images"), shown)
+    return images_dataset(lists, f"{pictures._fingerprint}-shown")
+
+
 def _controls(processor: ProcessorMixin) -> str:
     """Matches any token that a text may not spell: the tokenizer's special ones and the image placeholder."""
     tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-
-
-def _converted(
-    opened: Opened, source: Source, counts: list[int], controls: str, num_proc: int | None
-) -> Dataset:
-    """Every row of a source as `formats.Converted`."""
-    reading = formats.Reading(
-        format=source.format,
-        columns=opened.columns,
-        system_prompt=source.system_prompt,
-        prompt=source.prompt,
-        labels=opened.classes(),
-        controls=controls,
-    )
-    table = opened.table.select_columns(sorted(set(opened.columns.values())))
-    return table.map(
-        _convert_row,
-        with_indices=True,
-        fn_kwargs={"counts": counts, "reading": reading, "version": formats.VERSION},
-        remove_columns=table.column_names,
-        features=_CONVERTED,
-        num_proc=num_proc,
-        desc=f"{opened.label}: text",
-    )
-
-
-def _convert_row(
-    row: Mapping[str, Any], number: int, *, counts: list[int], reading: formats.Reading, version: int
-) -> formats.Converted:
-    return formats.convert(row, counts[number], reading)
 
 
 def _inspected(opened: Opened, pictures: Dataset, rows: list[int], num_proc: int | None) -> Dataset:
@@ -242,25 +219,17 @@ def _inspect_batch(batch: pa.Table, *, column: str, folder: str, version: int) -
     return pa.Table.from_pylist([dict(one) for one in found], schema=_INSPECTED.arrow_schema)
 
 
-def _form(texts: Sequence[Dataset], drawn: Sequence[list[int]]) -> Form:
-    """`messages` as soon as one drawn row has several assistant turns to learn."""
-    for text, rows in zip(texts, drawn, strict=True):
-        turns = text.data.column("turns").to_pylist()
-        if any(turns[row] > 1 for row in rows):
-            return "messages"
-    return "prompt_completion"
-
-
 def _candidates(
     opened: Sequence[Opened],
     texts: Sequence[Dataset],
+    shown: Sequence[list[list[int]]],
     found: Sequence[Dataset],
     drawn: Sequence[list[int]],
     form: Form,
 ) -> list[Candidate]:
     candidates = []
     start = 0
-    for one, text, inspected, rows in zip(opened, texts, found, drawn, strict=True):
+    for one, text, orders, inspected, rows in zip(opened, texts, shown, found, drawn, strict=True):
         said = text.data.select(["digest", "problem", "history"]).to_pydict()
         for row, seen in zip(rows, inspected, strict=True):
             problem = seen["problem"] or said["problem"][row]
@@ -269,33 +238,19 @@ def _candidates(
                     "its prompt holds answers that shall carry no loss, and other rows have several turns "
                     "that shall; train on the two in separate runs"
                 )
+            sizes = list(zip(seen["heights"], seen["widths"], strict=True))
             candidates.append(
                 Candidate(
                     position=start + row,
                     name=one.row(row),
                     problem=problem,
                     notes=tuple(seen["notes"]),
-                    sizes=tuple(zip(seen["heights"], seen["widths"], strict=True)),
+                    sizes=() if problem else tuple(sizes[image] for image in orders[row]),
                     digest=f"{said['digest'][row]} {seen['digest']}",
                 )
             )
         start += len(text)
     return candidates
-
-
-def _shaped(text: Dataset, form: Form) -> Dataset:
-    """The columns that training and evaluation read."""
-    spoken = [*_SPOKEN]
-    if form == "messages":
-        return text.select_columns(["messages", *spoken])
-    features = Features({"prompt": _MESSAGES, "completion": _MESSAGES, **_SPOKEN})
-    return text.select_columns(["messages", *spoken]).map(
-        _split, remove_columns=["messages"], features=features
-    )
-
-
-def _split(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {"prompt": row["messages"][:-1], "completion": row["messages"][-1:]}
 
 
 def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) -> Dataset:

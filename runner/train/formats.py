@@ -1,61 +1,60 @@
-"""What a row means: the four formats of a source, turned into conversations.
+"""What a row means: the formats of a source, turned into conversations.
 
-    vqa                 image, question, answer (text or a list of it), group
-    caption             image, caption
-    messages            images, messages (OpenAI and TRL style)
-    prompt_completion   images, prompt, completion (texts, or lists of messages)
+    vqa                   image, question, answer (text or a list of it), group
+    caption               image, caption
+    messages              images, messages (OpenAI and TRL style)
+    prompt_completion     images, prompt, completion (texts, or lists of messages)
+    cauldron              images, texts: turns {user, assistant, source} (HuggingFaceM4/the_cauldron)
+    llava                 images, messages whose image parts name an image by its index
+                          (HuggingFaceH4/llava-instruct-mix-vsft)
+    preference            image, question, chosen, rejected: texts (openbmb/RLAIF-V-Dataset)
+    preference_messages   images, prompt, chosen, rejected: texts, or lists of messages
+                          (HuggingFaceH4/rlaif-v_formatted, trl-lib/rlaif-v)
 
-Every row becomes a list of messages `{role, content: [{type, text}]}` that ends with the assistant's answer,
-and the words of evaluation: question, accepted answers, group. Images are `{type: image}` parts; their pixels
-stay where they are. Pure: rows in, rows out; a row that means nothing carries its problem instead of raising,
-so that all of them can be named at once.
+Every row becomes a list of messages that ends with the assistant's answer, a pair's rejected answer beside
+it, and the words of evaluation: question, accepted answers, group. Rows without images are fine where images
+stand in a list of their own; vqa, caption and preference ask about one. Pure: rows in, rows out; a row that
+means nothing carries its problem instead of raising, so that all of them can be named at once.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from runner.manifest import Format
-from runner.train.metrics import RESERVED_GROUPS
+from runner.manifest import PAIRS, Format
+from runner.train.cells import cell, group, required, string
+from runner.train.messages import (
+    Message,
+    Unusable,
+    check,
+    image_parts,
+    parsed,
+    placed,
+    text_part,
+    words,
+)
 
 VERSION = 1
 """Raise it with every change of what a row turns into: kept conversions are keyed by it."""
-
-ROLES = ("system", "user", "assistant")
-
-GROUPS = {
-    "human": "human",
-    "machine": "augmented",
-    "human_test": "human",
-    "augmented_test": "augmented",
-}
-"""ChartQA's words in its two editions (HuggingFaceM4, lmms-lab) -> the paper's. Others stay as they are."""
-
-
-class Part(TypedDict):
-    type: str
-    text: str | None
-
-
-class Message(TypedDict):
-    role: str
-    content: list[Part]
 
 
 class Converted(TypedDict):
     """One row, as `convert` leaves it."""
 
     messages: list[Message]
-    """Ends with the assistant's answer; empty if there is a problem."""
+    """Ends with the assistant's answer, a pair's chosen one; empty if there is a problem."""
+    rejected: list[Message]
+    """The other answer of a pair, one assistant message; empty for other formats."""
+    shown: list[int]
+    """Which images of the row the image parts show, in their order; empty if there is a problem."""
     question: str
     """What the last user message asks, in words."""
     answers: list[str]
-    """Accepted in evaluation; the first one is trained on."""
+    """Accepted in evaluation; the first one is trained on, or preferred."""
     group: str | None
     turns: int
     """Assistant messages that carry loss when every one of them does."""
@@ -83,8 +82,15 @@ class Reading:
     as an image or as the end of a turn."""
 
 
-class _Unusable(Exception):
-    """A row that cannot be used; the message is the reason."""
+@dataclass(frozen=True)
+class _Built:
+    """What a format makes of a row."""
+
+    messages: list[Message]
+    answers: list[str]
+    rejected: list[Message] = field(default_factory=list)
+    shown: list[int] | None = None
+    """None: every image once, in the order of the column."""
 
 
 def convert(row: Mapping[str, Any], images: int, reading: Reading) -> Converted:
@@ -95,241 +101,210 @@ def convert(row: Mapping[str, Any], images: int, reading: Reading) -> Converted:
         images: how many images the row has.
     """
     found = Converted(
-        messages=[], question="", answers=[], group=None, turns=0, history=False, digest="", problem=None
+        messages=[],
+        rejected=[],
+        shown=[],
+        question="",
+        answers=[],
+        group=None,
+        turns=0,
+        history=False,
+        digest="",
+        problem=None,
     )
     try:
-        cells = {role: _cell(row, column, reading) for role, column in reading.columns.items()}
-        found["messages"], found["answers"] = _BUILDERS[reading.format](cells, images, reading)
+        cells = {
+            role: cell(row, column, reading.labels.get(column)) for role, column in reading.columns.items()
+        }
+        built = _BUILDERS[reading.format](cells, images, reading)
+        messages = built.messages
         if reading.system_prompt is not None:
-            if found["messages"][0]["role"] == "system":
-                raise _Unusable("the row has a system message of its own and the job sets system_prompt")
-            found["messages"].insert(0, _message("system", [_text(reading.system_prompt)]))
-        _check(found["messages"], images, reading.controls)
-        found["group"] = _group(cells)
-    except _Unusable as error:
-        found["problem"], found["messages"] = str(error), []
+            if messages[0]["role"] == "system":
+                raise Unusable("the row has a system message of its own and the job sets system_prompt")
+            messages = [Message(role="system", content=[text_part(reading.system_prompt)]), *messages]
+        shown = list(range(images)) if built.shown is None else built.shown
+        check([*messages, *built.rejected], len(shown), reading.controls)
+        found["group"] = group(cells.get("group"))
+    except Unusable as error:
+        found["problem"] = str(error)
         return found
-    assistants = sum(message["role"] == "assistant" for message in found["messages"])
-    found["question"] = words(
-        next((m for m in reversed(found["messages"][:-1]) if m["role"] == "user"), _message("user", []))
-    )
-    found["history"] = reading.format == "prompt_completion" and assistants > 1
-    found["turns"] = 1 if found["history"] else assistants
-    found["digest"] = hashlib.sha256(
-        json.dumps([found["messages"], found["answers"], found["group"]], sort_keys=True).encode()
-    ).hexdigest()
+    found["messages"], found["rejected"], found["shown"] = messages, built.rejected, shown
+    found["answers"] = built.answers
+    asked = [message for message in messages[:-1] if message["role"] == "user"]
+    found["question"] = words(asked[-1]) if asked else ""
+    assistants = sum(message["role"] == "assistant" for message in messages)
+    last_only = reading.format == "prompt_completion" or reading.format in PAIRS
+    found["turns"] = 1 if last_only else assistants
+    found["history"] = last_only and assistants > 1
+    found["digest"] = _digest(found, images)
     return found
 
 
-def without_nulls(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: an image part without the null text that Arrow gives it."""
-    return [
-        {
-            "role": message["role"],
-            "content": [
-                {key: value for key, value in part.items() if value is not None}
-                for part in message["content"]
-            ],
-        }
-        for message in messages
-    ]
+def _digest(found: Converted, images: int) -> str:
+    """Of what is learned and judged. What newer formats add counts only where it is there, so that rows keep
+    the digests that a run's checkpoints know them by."""
+    told: list[Any] = [found["messages"], found["answers"], found["group"]]
+    if found["rejected"]:
+        told.append({"rejected": found["rejected"]})
+    if found["shown"] != list(range(images)):
+        told.append({"shown": found["shown"]})
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 # --- the formats ---
 
 
-def _vqa(cells: Mapping[str, Any], images: int, reading: Reading) -> tuple[list[Message], list[str]]:
-    question = _required(cells["question"], "question")
+def _vqa(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    question = required(cells["question"], "question")
     given = cells["answer"] if isinstance(cells["answer"], list) else [cells["answer"]]
-    answers = [_string(answer, "answer") for answer in given]
+    answers = [string(answer, "answer") for answer in given]
     if not answers or not answers[0].strip():
-        raise _Unusable("empty answer")
-    prompt = _message("user", [*_images(_needed(images)), _text(question)])
-    return [prompt, _message("assistant", [_text(answers[0])])], [
-        answer for answer in answers if answer.strip()
-    ]
-
-
-def _caption(cells: Mapping[str, Any], images: int, reading: Reading) -> tuple[list[Message], list[str]]:
-    caption = _required(cells["caption"], "caption")
-    instruction = [] if reading.prompt is None else [_text(reading.prompt)]
-    prompt = _message("user", [*_images(_needed(images)), *instruction])
-    return [prompt, _message("assistant", [_text(caption)])], [caption]
-
-
-def _messages(cells: Mapping[str, Any], images: int, reading: Reading) -> tuple[list[Message], list[str]]:
-    messages = _placed(_parsed(cells["messages"], "messages"), images)
-    if messages[-1]["role"] != "assistant":
-        raise _Unusable(
-            f"the last message is the {messages[-1]['role']}'s: there is no answer to learn after it"
-        )
-    for message in messages:
-        if message["role"] == "assistant" and not words(message).strip():
-            raise _Unusable("empty answer")
-    return messages, [words(messages[-1])]
-
-
-def _prompt_completion(
-    cells: Mapping[str, Any], images: int, reading: Reading
-) -> tuple[list[Message], list[str]]:
-    prompt, completion = (
-        [_message(role, [_text(_required(cells[name], name))])]
-        if isinstance(cells[name], str) or cells[name] is None
-        else _parsed(cells[name], name)
-        for name, role in (("prompt", "user"), ("completion", "assistant"))
+        raise Unusable("empty answer")
+    return _Built(
+        [_asked(question, images), _said(answers[0])], [answer for answer in answers if answer.strip()]
     )
-    if [message["role"] for message in completion] != ["assistant"]:
-        roles = ", ".join(message["role"] for message in completion)
-        raise _Unusable(f"completion is one assistant message, not: {roles}")
-    if prompt[-1]["role"] != "user":
-        raise _Unusable(f"the last message of prompt is the {prompt[-1]['role']}'s, not the user's")
-    if not words(completion[0]).strip():
-        raise _Unusable("empty answer")
-    return [*_placed(prompt, images), *completion], [words(completion[0])]
 
+
+def _caption(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    caption = required(cells["caption"], "caption")
+    return _Built([_asked(reading.prompt, images), _said(caption)], [caption])
+
+
+def _messages(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    return _conversation(placed(parsed(cells["messages"], "messages"), images))
+
+
+def _prompt_completion(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    prompt = _prompt(cells["prompt"], images)
+    completion = _answer(cells["completion"], "completion")
+    return _Built([*prompt, completion], [words(completion)])
+
+
+def _cauldron(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    turns = cells["texts"]
+    if not isinstance(turns, list) or not turns:
+        raise Unusable("texts is not a list of turns")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise Unusable(f"texts[{number}] has no user and assistant")
+        asked, answer = (required(turn.get(role), f"texts[{number}].{role}") for role in _CAULDRON_ROLES)
+        messages += [Message(role="user", content=[text_part(asked)]), _said(answer)]
+    return _conversation(placed(messages, images))
+
+
+_CAULDRON_ROLES = ("user", "assistant")
+
+
+def _llava(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    """Which images are shown, in which order:
+
+    indices of the image parts      images of the row
+    no image part                   all, before the first user message
+    all null                        all, in the order of the column
+    1, 0                            the second, the first
+    0, 0                            the first, twice
+    some null                       refused
+    not 0 .. images - 1             refused
+    an image that none names        refused
+    """
+    messages = parsed(cells["messages"], "messages")
+    named = [
+        part.get("index")
+        for entry in cells["messages"]
+        if isinstance(entry["content"], list)
+        for part in entry["content"]
+        if part["type"] == "image"
+    ]
+    if all(index is None for index in named):
+        return _conversation(placed(messages, images))
+    for index in named:
+        if index is None:
+            raise Unusable("some image parts have an index and some have none")
+        if index not in range(images):
+            raise Unusable(f"an image part names image {index}, and the row has {images}, counted from 0")
+    if missing := sorted({*range(images)} - {*named}):
+        raise Unusable(f"no part shows image {missing[0]} of {images}, counted from 0")
+    return _conversation(messages, shown=named)
+
+
+def _preference(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    prompt = [_asked(required(cells["question"], "question"), images)]
+    chosen, rejected = (_said(required(cells[name], name)) for name in _ANSWERS)
+    return _pair(prompt, chosen, rejected)
+
+
+def _preference_messages(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
+    chosen, rejected = (_answer(cells[name], name) for name in _ANSWERS)
+    return _pair(_prompt(cells["prompt"], images), chosen, rejected)
+
+
+_ANSWERS = ("chosen", "rejected")
 
 _BUILDERS = {
     "vqa": _vqa,
     "caption": _caption,
     "messages": _messages,
     "prompt_completion": _prompt_completion,
+    "cauldron": _cauldron,
+    "llava": _llava,
+    "preference": _preference,
+    "preference_messages": _preference_messages,
 }
 
 
-# --- cells ---
+# --- what formats share ---
 
 
-def _cell(row: Mapping[str, Any], column: str, reading: Reading) -> Any:
-    """The value of a column; a class number becomes the name of its class."""
-    value = row[column]
-    names = reading.labels.get(column)
-    if names is None or value is None:
-        return value
-    numbers = value if isinstance(value, list) else [value]
-    if not all(0 <= number < len(names) for number in numbers):
-        return None
-    return [names[number] for number in numbers] if isinstance(value, list) else names[value]
-
-
-def _string(value: Any, what: str) -> str:
-    """Text as it is; an integer in digits; another number in its shortest form without a trailing .0, because
-    CSV readers turn a column of integers with a gap into floats, and the gap into NaN, which is no text."""
-    if value is None or value != value:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return format(value, ".15g") if isinstance(value, float) else str(value)
-    raise _Unusable(f"{what} is a {type(value).__name__}, not text")
-
-
-def _required(value: Any, what: str) -> str:
-    text = _string(value, what)
-    if not text.strip():
-        raise _Unusable(f"empty {what}")
-    return text
-
-
-def _needed(images: int) -> int:
+def _asked(question: str | None, images: int) -> Message:
+    """The user's message about the images, which must be there."""
     if images == 0:
-        raise _Unusable("no image")
-    return images
+        raise Unusable("no image")
+    asked = [] if question is None else [text_part(question)]
+    return Message(role="user", content=[*image_parts(images), *asked])
 
 
-def _group(cells: Mapping[str, Any]) -> str | None:
-    value = cells.get("group")
-    if value is None:
-        return None
-    group = GROUPS.get(_string(value, "group"), _string(value, "group"))
-    if group in RESERVED_GROUPS or group.startswith("n_"):
-        raise _Unusable(f"group {group!r} is a word that results use themselves")
-    return group
+def _said(text: str) -> Message:
+    return Message(role="assistant", content=[text_part(text)])
 
 
-# --- messages ---
-
-
-def _message(role: str, content: list[Part]) -> Message:
-    return Message(role=role, content=content)
-
-
-def _text(text: str) -> Part:
-    return Part(type="text", text=text)
-
-
-def _images(count: int) -> list[Part]:
-    return [Part(type="image", text=None) for _ in range(count)]
-
-
-def words(message: Message) -> str:
-    """The text parts of a message, joined by newlines."""
-    return "\n".join(part["text"] for part in message["content"] if part["text"] is not None)
-
-
-def _parsed(value: Any, what: str) -> list[Message]:
-    """Messages from what a dataset holds: `content` a string or a list of parts."""
-    if not isinstance(value, list) or not value:
-        raise _Unusable(f"{what} is not a list of messages")
-    return [_parsed_message(entry, f"{what}[{number}]") for number, entry in enumerate(value)]
-
-
-def _parsed_message(entry: Any, what: str) -> Message:
-    if not isinstance(entry, dict) or entry.get("role") is None:
-        raise _Unusable(f"{what} has no role and content")
-    role = entry["role"]
-    if role not in ROLES:
-        raise _Unusable(f"{what} has role {role!r}; known: {', '.join(ROLES)}")
-    more = [
-        key for key, value in entry.items() if key not in ("role", "content") and value not in (None, "", [])
-    ]
-    if more:
-        raise _Unusable(
-            f"{what} has {', '.join(more)}, which would be left out; only role and content are read"
+def _conversation(messages: list[Message], shown: list[int] | None = None) -> _Built:
+    """Turns that end with an answer."""
+    if messages[-1]["role"] != "assistant":
+        raise Unusable(
+            f"the last message is the {messages[-1]['role']}'s: there is no answer to learn after it"
         )
-    content = entry.get("content")
-    if isinstance(content, str):
-        return _message(role, [_text(content)])
-    if not isinstance(content, list) or not content:
-        raise _Unusable(f"{what} has no content")
-    return _message(
-        role, [_part(part, f"{what}.content[{number}]", role) for number, part in enumerate(content)]
-    )
-
-
-def _part(part: Any, what: str, role: str) -> Part:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and isinstance(part.get("text"), str):
-        return _text(part["text"])
-    if kind == "image" and role == "user":
-        return Part(type="image", text=None)
-    if kind == "image":
-        raise _Unusable(f"{what} is an image of the {role}; only the user shows images")
-    raise _Unusable(
-        f"{what} is neither {{type: text, text: ...}} nor {{type: image}} with the image in its column"
-    )
-
-
-def _placed(messages: list[Message], images: int) -> list[Message]:
-    """With a part for every image: where the row says, else all before the first user message, as TRL
-    does."""
-    if images and not any(part["type"] == "image" for message in messages for part in message["content"]):
-        first = next((message for message in messages if message["role"] == "user"), None)
-        if first is None:
-            raise _Unusable(f"{images} images and no user message to show them")
-        first["content"][:0] = _images(images)
-    return messages
-
-
-def _check(messages: list[Message], images: int, controls: str) -> None:
-    """What every format must hold for the chat template and the processor."""
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise _Unusable("a system message that is not the first")
-    if "user" not in roles:
-        raise _Unusable("no user message")
-    places = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if places != images:
-        raise _Unusable(f"{images} images for {places} image parts")
     for message in messages:
-        if token := re.search(controls, words(message)):
-            raise _Unusable(f"the {message['role']}'s text contains the control token {token[0]!r}")
+        if message["role"] == "assistant" and not words(message).strip():
+            raise Unusable("empty answer")
+    return _Built(messages, [words(messages[-1])], shown=shown)
+
+
+def _prompt(value: Any, images: int) -> list[Message]:
+    """A text of the user, or messages that end with one; images placed."""
+    if isinstance(value, str) or value is None:
+        prompt = [Message(role="user", content=[text_part(required(value, "prompt"))])]
+    else:
+        prompt = parsed(value, "prompt")
+    if prompt[-1]["role"] != "user":
+        raise Unusable(f"the last message of prompt is the {prompt[-1]['role']}'s, not the user's")
+    return placed(prompt, images)
+
+
+def _answer(value: Any, what: str) -> Message:
+    """A text of the assistant, or a list of one message that is one."""
+    if isinstance(value, str) or value is None:
+        return _said(required(value, what))
+    messages = parsed(value, what)
+    if [message["role"] for message in messages] != ["assistant"]:
+        roles = ", ".join(message["role"] for message in messages)
+        raise Unusable(f"{what} is one assistant message, not: {roles}")
+    if not words(messages[0]).strip():
+        raise Unusable(f"empty {what}")
+    return messages[0]
+
+
+def _pair(prompt: list[Message], chosen: Message, rejected: Message) -> _Built:
+    if words(chosen).strip() == words(rejected).strip():
+        raise Unusable("chosen and rejected are the same: there is nothing to prefer")
+    return _Built([*prompt, chosen], [words(chosen)], rejected=[rejected])

@@ -194,7 +194,8 @@ def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
         JobError: PEFT refuses the configuration, or it matches nothing that may train.
     """
     assert job.lora is not None
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **job.lora}
+    given = {key: value for key, value in job.lora.items() if key != "init_from"}
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM", **given}
     if options.get("target_modules") is None and options.get("target_parameters") is None:
         options["target_modules"] = "all-linear"  # PEFT knows defaults for a few architectures only
     frozen = parts(model.config.model_type).of(list(job.model.freeze))

@@ -6,6 +6,7 @@ guarded here, so that an attempt that resumes goes on with the numbers of the on
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -17,13 +18,13 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from runner.durable import write_text
 from runner.errors import Preempted, RunnerError
 from runner.plan import Plan, total_steps
+from runner.train import adapter, methods, state
 from runner.train import model as models
-from runner.train import state
 from runner.train.audit import audit
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
@@ -31,7 +32,7 @@ from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions
-from runner.train.trainer import SftRun, sft, sft_arguments
+from runner.train.trainer import RunTrainer
 
 OUT_OF_MEMORY = (
     "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
@@ -60,14 +61,15 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     _reproducible()
     prepared = _prepare(plan, channel)
     _stop_here(channel, "before training")
-    arguments = sft_arguments(plan, _steps(plan, prepared))
+    arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     try:
         base = models.load_base(plan.job, plan.fetched.model)
         # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base into it.
         before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
         set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
-        model = base if plan.job.lora is None else models.add_adapter(base, plan.job)
+        start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
+        model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
@@ -171,8 +173,8 @@ def _trainer(
     model: torch.nn.Module,
     prepared: Prepared,
     evaluator: Evaluator,
-    arguments: SFTConfig,
-) -> SftRun:
+    arguments: SFTConfig | DPOConfig,
+) -> RunTrainer:
     rows = prepared.train_rows
     assert rows is not None
     control = SaveAndStop(
@@ -180,20 +182,28 @@ def _trainer(
         save_seconds=plan.save_seconds,
         stop_requested=channel.stop_requested,
     )
-    trainer = sft(
-        arguments,
-        model=model,
-        processor=prepared.processor,
-        collator=_collator(plan, prepared.processor, rows),
-        rows=rows,
-        eval_rows=prepared.eval_rows,
-        control=control,
-    )
+    job = plan.job
+    reference = None
+    if job.method == "dpo" and job.lora is None:
+        reference = models.load_base(job, plan.fetched.model).requires_grad_(False)
+    with contextlib.nullcontext() if plan.fetched.init_from is None else adapter.values_kept(model):
+        trainer = methods.trainer(
+            arguments,
+            method=job.method,
+            model=model,
+            reference=reference,
+            keep_reference_adapter=adapter.keeps_reference(job),
+            processor=prepared.processor,
+            collator=_collator(plan, prepared.processor, rows),
+            rows=rows,
+            eval_rows=prepared.eval_rows,
+            control=control,
+        )
     trainer.attach(plan, rows, channel, evaluator.during, control)
     return trainer
 
 
-def _fit(plan: Plan, channel: Channel, trainer: SftRun) -> SaveAndStop:
+def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
     """Train from the plan's checkpoint to the last step, or only load a checkpoint that is already there."""
     channel.send("phase", phase="train")
     if plan.restore is None:
@@ -215,7 +225,7 @@ def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: Pro
     if isinstance(model, PeftModel):
         # No vocabulary is ever resized here; the default asks the hub for the base model's configuration.
         _sort_sets(model.peft_config["default"])
-        model.save_pretrained(writing, save_embedding_layers=False)
+        model.save_pretrained(writing, save_embedding_layers=False, selected_adapters=["default"])
         (writing / "README.md").unlink()  # PEFT's empty card, with the path of this machine's base model
     else:
         model.save_pretrained(writing)
@@ -236,7 +246,7 @@ def _write_steps(path: Path, steps: list[state.Step]) -> None:
     write_text(path, "".join(json.dumps(asdict(step)) + "\n" for step in steps))
 
 
-def _numbers(plan: Plan, prepared: Prepared, trainer: SftRun) -> dict[str, Any]:
+def _numbers(plan: Plan, prepared: Prepared, trainer: RunTrainer) -> dict[str, Any]:
     rows = prepared.train_rows
     assert rows is not None
     return {
@@ -249,7 +259,7 @@ def _numbers(plan: Plan, prepared: Prepared, trainer: SftRun) -> dict[str, Any]:
     }
 
 
-def _facts(plan: Plan, model: torch.nn.Module, trainer: SftRun, prepared: Prepared) -> dict[str, Any]:
+def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Prepared) -> dict[str, Any]:
     """What is in force, as result.json records it."""
     return {
         **models.describe(model),

@@ -9,7 +9,9 @@ without touching their bytes. What rows mean is `runner.train.formats`', what im
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,6 +132,25 @@ def image_counts(lists: pa.ChunkedArray) -> list[int]:
             counts.append(0 if alone_and_null else length)
             start += length
     return counts
+
+
+def shown_images(lists: pa.ChunkedArray, shown: Sequence[Sequence[int]]) -> pa.ChunkedArray:
+    """The images of every row in the order in which it shows them.
+
+    The bytes of a chunk are copied only if a row of it shows them in another order than the column's.
+
+    Args:
+        lists: what `image_lists` returns.
+        shown: of every row, which of its images, in order; empty for a row that is not used.
+    """
+    chunks = []
+    start = 0
+    for chunk in lists.chunks:
+        orders = shown[start : start + len(chunk)]
+        in_order = all(list(order) == list(range(len(order))) for order in orders)
+        chunks.append(chunk if in_order else _reordered(chunk, orders))
+        start += len(chunk)
+    return pa.chunked_array(chunks, type=lists.type)
 
 
 # --- opening ---
@@ -256,6 +277,15 @@ def _located(path: str | None, folder: str) -> str | None:
     if path is None or "://" in path or path.startswith("data:"):
         return path
     return str(Path(folder, path))
+
+
+def _reordered(chunk: pa.ListArray, orders: Sequence[Sequence[int]]) -> pa.ListArray:
+    first = chunk.offsets.to_pylist()
+    taken = [first[row] + image for row, order in enumerate(orders) for image in order]
+    ends = [0, *itertools.accumulate(len(order) for order in orders)]
+    return pa.ListArray.from_arrays(
+        pa.array(ends, pa.int32()), chunk.values.take(pa.array(taken, pa.int64()))
+    )
 
 
 def images_dataset(column: pa.ChunkedArray, fingerprint: str) -> Dataset:

@@ -2,6 +2,8 @@
 
     tokens of a row = tokens of its text, each image one placeholder  +  for every image, what its size adds
 
+Of a pair, the text is the prompt and the longer of its two answers.
+
 What a size adds comes from, in this order, the first that agrees with really processed rows:
 
     formula    the processor's `_get_num_multimodal_tokens`, where its class has one
@@ -78,11 +80,10 @@ class TokenCounter:
         return [self._total(text, row) for text, row in zip(texts, rows, strict=True)]
 
     def text_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Tokens of every row with each image as one placeholder."""
+        """Tokens of every row with each image as one placeholder; of a pair, those of the longer sequence."""
         texts = [self._collator.texts(row) for row in rows]
-        flat = self._tokenized([text for parts in texts for text in parts])
-        lengths = iter(flat)
-        return [sum(next(lengths) for _ in parts) for parts in texts]
+        lengths = iter(self._tokenized([part for row in texts for parts in row for part in parts]))
+        return [max(sum(next(lengths) for _ in parts) for parts in row) for row in texts]
 
     def fitting(self, row: Counted, limit: int) -> tuple[float, int] | None:
         """The largest power of 0.95 that brings the row to `limit` tokens when its images shrink by it, and

@@ -1,7 +1,7 @@
 """TRL's trainer with our data order, our checkpoints and our record of every step; nothing else changed.
 
-`RunTrainer` is a mixin over any `transformers.Trainer`; a method (`sft`, later `dpo`) is one subclass and
-one builder function. The upstream methods that it overrides are private; `tests/test_upstream.py` fails
+`RunTrainer` is a mixin over any `transformers.Trainer`; a method is one subclass of it and of TRL's trainer
+(`runner.train.methods`). The upstream methods that it overrides are private; `tests/test_upstream.py` fails
 when one of them moves.
 """
 
@@ -16,23 +16,21 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import SFTConfig, SFTTrainer
 
 from runner.checkpoint.files import publish, seal
-from runner.errors import DataError, JobError, Problem, RunnerError
+from runner.errors import DataError, RunnerError
 from runner.plan import Plan
 from runner.train import rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
-from runner.train.collator import Collator
 from runner.train.data import Rows
 from runner.train.facts import peak_memory
-from runner.train.model import device, float32_trainable
+from runner.train.model import float32_trainable
 from runner.train.sampler import GlobalBatchSampler
 
-EVALUATION = ("eval_loss", "eval_mean_token_accuracy")
+EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")
 """What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
 
 
@@ -224,70 +222,3 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_rng(Path(checkpoint))
-
-
-class SftRun(RunTrainer, SFTTrainer):
-    """TRL's supervised fine-tuning as a run."""
-
-
-def sft_arguments(plan: Plan, steps: int) -> SFTConfig:
-    """TRL's configuration: what is ours, and every other field as the job has it.
-
-    Raises:
-        JobError: upstream refuses a value that the generated schema could not judge.
-    """
-    job = plan.job
-    options = {"report_to": "none", **job.training.options}
-    try:
-        arguments = SFTConfig(
-            **{
-                **options,
-                "output_dir": str(plan.attempt_dir / "trainer"),
-                "seed": job.seed,
-                "max_steps": steps,
-                "per_device_train_batch_size": plan.geometry.per_device,
-                "gradient_accumulation_steps": plan.geometry.accumulation,
-                "bf16": job.model.dtype == "bfloat16",
-                "fp16": job.model.dtype == "float16",
-                "use_cpu": device().type == "cpu",
-                "max_length": None,  # image tokens are never truncated; `datasets.max_length` decides before
-                "save_strategy": "no",  # `SaveAndStop` decides
-                "disable_tqdm": True,
-                "remove_unused_columns": False,
-            }
-        )
-        # Its package may be missing, which upstream finds out at the first step.
-        Trainer.get_optimizer_cls_and_kwargs(arguments)
-    except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise JobError(
-            [Problem("training", f"TRL refuses it: {error}", "see SFTConfig's own documentation")]
-        ) from error
-
-    return arguments
-
-
-def sft(
-    arguments: SFTConfig,
-    *,
-    model: PreTrainedModel | torch.nn.Module,
-    processor: ProcessorMixin,
-    collator: Collator,
-    rows: Rows,
-    eval_rows: Rows | None,
-    control: SaveAndStop,
-) -> SftRun:
-    """TRL's SFTTrainer over a model that already has its adapter."""
-    try:
-        return SftRun(
-            model=model,
-            args=arguments,
-            data_collator=collator,
-            train_dataset=rows.dataset,
-            eval_dataset=None if eval_rows is None else eval_rows.dataset,
-            processing_class=processor,
-            callbacks=[control],
-        )
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise JobError(
-            [Problem("training", f"TRL refuses it: {error}", "change the option that it names")]
-        ) from error
