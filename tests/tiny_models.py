@@ -1,4 +1,4 @@
-"""Tiny random models of every architecture, with their real configuration and processor classes, made offline.
+"""Tiny random models of every architecture, with their real configuration and processor classes; offline.
 
 `save(name, folder)` writes what a hub repository holds: configuration, weights, tokenizer, processor, chat
 template. Text models are two layers of width 64, towers two layers of width 32; the tokenizer knows bytes and
@@ -52,14 +52,16 @@ TOWER = {
 """Four patches."""
 
 LLAVA_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
     "{% elif message['role'] == 'user' %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
     "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}{% for part in message['content'] %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
+    "{% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -409,7 +411,15 @@ def _pixtral() -> Tiny:
 
 
 def _pixtral_processor(spatial_merge_size: int) -> tuple[PreTrainedTokenizerFast, ProcessorMixin]:
-    special = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[IMG]", "[IMG_BREAK]", "[IMG_END]"]
+    special = [
+        "[INST]",
+        "[/INST]",
+        "[SYSTEM_PROMPT]",
+        "[/SYSTEM_PROMPT]",
+        "[IMG]",
+        "[IMG_BREAK]",
+        "[IMG_END]",
+    ]
     made = tokenizer(special, eos="</s>", pad="<pad>", bos="<s>")
     images = transformers.PixtralImageProcessorPil(
         size={"longest_edge": 56}, patch_size={"height": 14, "width": 14}
@@ -436,15 +446,17 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "qwen3_vl": lambda: _qwen("qwen3_vl"),
     "smolvlm": _smolvlm,
 }
-NEED_TORCHVISION = (
-    "internvl",
-    "llava_onevision",
-    "mistral3",
-    "pixtral",
-    "qwen2_5_vl",
-    "qwen2_vl",
-    "qwen3_vl",
-    "smolvlm",
+NEED_TORCHVISION = frozenset(
+    {
+        "internvl",
+        "llava_onevision",
+        "mistral3",
+        "pixtral",
+        "qwen2_5_vl",
+        "qwen2_vl",
+        "qwen3_vl",
+        "smolvlm",
+    }
 )
 """Their processors need it for videos, or say that they do, even with `image_backend: pil`."""
 
@@ -453,6 +465,10 @@ def save(name: str, folder: Path, seed: int = 0) -> Path:
     """A model folder with float32 weights, the same for a seed."""
     tiny = MAKERS[name]()
     torch.manual_seed(seed)
-    AutoModelForImageTextToText.from_config(tiny.config).save_pretrained(folder)
+    model = AutoModelForImageTextToText.from_config(tiny.config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():  # Gemma 3's projection: no gradient would pass it
+            torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder)
     tiny.processor.save_pretrained(folder)
     return folder

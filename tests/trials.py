@@ -2,8 +2,8 @@
 
     python -m tests.trials FOLDER NAME:METHOD:FREEZE ...        FREEZE: parts joined by +, or nothing
 
-Each trial is two steps of a whole attempt with a 4-bit base, in a process forked after the imports, because the
-libraries keep state of their own and importing them takes longer than a trial. It leaves
+Each trial is two steps of a whole attempt with a 4-bit base, in a process forked after the imports, because
+the libraries keep state of their own and importing them takes longer than a trial. It leaves
 `FOLDER/<trial>/facts.json`, or a `trial.log` that says why not.
 """
 
@@ -34,6 +34,9 @@ from tests.tiny_models import save
 SIZES = [(40, 40), (60, 30), (30, 60), (56, 44)]
 ANSWERS = ["one", "a pair", "three", "four of them"]
 REJECTED = ["none", "one", "many, I think", "two"]
+ONLY_EAGER = ("paligemma",)
+"""Gemma 2, PaliGemma 2's text model, caps its attention scores; transformers (5.23) has no sdpa for it."""
+
 FORMATS = {"sft": "vqa", "dpo": "preference"}
 
 
@@ -56,12 +59,17 @@ def rows(folder: Path) -> Path:
     return folder
 
 
-def job(method: str, freeze: list[str]) -> Job:
+def job(name: str, method: str, freeze: list[str]) -> Job:
     source = {"path": "pairs", "format": FORMATS[method]}
     fields: dict[str, Any] = {
         "name": "trial",
         "method": method,
-        "model": {"name_or_path": "tiny", "dtype": "float32", "freeze": freeze},
+        "model": {
+            "name_or_path": "tiny",
+            "dtype": "float32",
+            "freeze": freeze,
+            "attn_implementation": "eager" if name in ONLY_EAGER else "sdpa",
+        },
         "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
         "lora": {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": "all-linear"},
         "datasets": {"train": [source], "eval": [source]},
@@ -109,26 +117,24 @@ class Watch:
             {
                 "path": name,
                 "part": where.part_of(name),
-                "linear": isinstance(module, torch.nn.Linear),
                 "quantized": isinstance(module, Linear4bit),
                 "adapted": isinstance(module, BaseTunerLayer),
             }
             for name, module in base.named_modules()
         ]
-        moved, stayed = [], []
-        for name, value in self.model.named_parameters():
-            row = {"path": name, "trainable": value.requires_grad, "dtype": str(value.dtype)}
-            same = torch.equal(value.detach(), self.before[name].to(value.dtype))
-            (stayed if same else moved).append(row)
-        learned = [
-            tokenizer.decode(row[row != -100], skip_special_tokens=True).strip()
-            for labels in self.labels
-            for row in labels
+        parameters = [
+            {
+                "path": name,
+                "trainable": value.requires_grad,
+                "dtype": str(value.dtype),
+                "moved": not torch.equal(value.detach(), self.before[name].to(value.dtype)),
+            }
+            for name, value in self.model.named_parameters()
         ]
+        learned = [tokenizer.decode(row[row != -100]) for labels in self.labels for row in labels]
         return {
             "modules": modules,
-            "moved": moved,
-            "stayed": stayed,
+            "parameters": parameters,
             "backward": self.backward,
             "learned": learned,
         }
@@ -136,7 +142,7 @@ class Watch:
 
 def trial(folder: Path, name: str, method: str, freeze: list[str]) -> None:
     """One attempt, watched."""
-    job_ = job(method, freeze)
+    job_ = job(name, method, freeze)
     model, data = save(name, folder / "model"), rows(folder / "pairs")
     attempt = folder / "attempts" / "1"
     attempt.mkdir(parents=True)
@@ -152,11 +158,11 @@ def trial(folder: Path, name: str, method: str, freeze: list[str]) -> None:
         save_seconds=3600,
     )
     watch = Watch()
-    add_adapter = run.models.add_adapter
-    run.models.add_adapter = lambda base, it: watch.begin(add_adapter(base, it), it)
+    adapted = run.adapter.adapted
+    run.adapter.adapted = lambda base, it, start: watch.begin(adapted(base, it, start), it)
     outcome = run.train(plan, Channel(attempt, None))
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    facts = {"facts": outcome["facts"], "steps": outcome["steps"], **watch.facts(tokenizer)}
+    facts = {"metrics": outcome["metrics"], "parts": outcome["facts"]["parts"], **watch.facts(tokenizer)}
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

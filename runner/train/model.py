@@ -63,7 +63,12 @@ def load_processor(job: Job, folder: str) -> ProcessorMixin:
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 folder, backend=job.model.image_backend, **job.model.processor
             )
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except ImportError as error:
+        raise DataError(
+            f"model: cannot build the processor in {folder}: {str(error).strip()} Remedy: install what it "
+            "names; torchvision comes with pip install 'vlm-runner[gpu]'"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"model: cannot build the processor in {folder}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise DataError(

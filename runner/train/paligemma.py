@@ -1,9 +1,9 @@
 """PaliGemma's processor, so that TRL's collators can use it: what it lacks and what it insists on, mended.
 
-PaliGemma has no chat. It reads all images, `<bos>`, a prefix that ends in a newline, and answers with a suffix
-that ends in `<eos>`; the prefix is attended to in both directions (token type 0), the suffix causally (1).
-Its published processor has no chat template, refuses text without an image, which is what a collator makes
-of an answer, and returns labels even to those who ask for a prompt.
+PaliGemma has no chat. It reads all images, `<bos>`, a prefix that ends in a newline, and answers with a
+suffix that ends in `<eos>`; the prefix is attended to in both directions (token type 0), the suffix causally
+(1). Its published processor has no chat template, refuses text without an image, which is what a collator
+makes of an answer, and returns labels even to those who ask for a prompt.
 """
 
 from __future__ import annotations
@@ -46,9 +46,11 @@ class PaliGemmaProcessor(Published):
             return BatchFeature(dict(suffixes))
         if not all(self.image_token in one for one in texts):
             raise ValueError("PaliGemma takes no prompt without an image")
-        prompts = super().__call__(images=images, text=texts, **kwargs)
+        # As lists first: upstream makes its labels of them, and numpy deprecates that for tensors.
+        tensor_type = kwargs.pop("return_tensors", None)
+        prompts = dict(super().__call__(images=images, text=texts, **kwargs))
         del prompts["labels"]
-        return prompts
+        return BatchFeature(prompts, tensor_type=tensor_type)
 
 
 def prefix_and_suffix(processor: ProcessorMixin) -> PaliGemmaProcessor:
