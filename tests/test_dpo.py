@@ -132,7 +132,8 @@ def test_every_loss_takes_a_step(data: Path, name: str) -> None:
     assert torch.isfinite(loss) and moved
     assert all(value.grad is not None and bool(value.grad.abs().sum() > 0) for value in moved)
     trainer.loss_types, trainer.loss_weights = [name], [1.0]
-    assert float(DPOTrainer._compute_loss(trainer, trainer.model, batch, False)) == pytest.approx(float(loss))
+    upstreams = DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
+    assert upstreams.item() == pytest.approx(loss.item())
 
 
 def test_the_sft_term_does_not_depend_on_the_cut(data: Path) -> None:
@@ -150,23 +151,23 @@ def test_the_sft_term_does_not_depend_on_the_cut(data: Path) -> None:
                 del one[extra]
             loss = trainer.compute_loss(trainer.model, one) / cut
             loss.backward()
-            total += float(loss)
+            total += loss.item()
         norm = torch.stack([p.grad.norm() for p in trainer.model.parameters() if p.grad is not None]).norm()
         found[cut] = (total, float(norm))
     assert found[2] == pytest.approx(found[1], abs=1e-5)
     assert found[8] == pytest.approx(found[1], abs=1e-5)
 
 
-@pytest.mark.parametrize("cut", [1, 2])
-def test_a_global_batch_is_the_same_however_it_is_cut(tmp_path: Path, data: Path, cut: int) -> None:
+def test_a_global_batch_is_the_same_however_it_is_cut(tmp_path: Path, data: Path) -> None:
     """Through whole attempts, the sft term included: the cut changes the last digits only."""
-    options = {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": 8 // cut, "max_steps": 2}
-    _, events = run(tmp_path / "ours", merged(DPO, {"training": options}), data=data)
-    options["per_device_train_batch_size"] = 1
-    _, others = run(tmp_path / "single", merged(DPO, {"training": options}), data=data)
-    for mine, other in zip(steps(events), steps(others), strict=True):
-        assert mine["ids"] == other["ids"]
-        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+    found = []
+    for size in (8, 1):
+        options = {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": size, "max_steps": 2}
+        _, events = run(tmp_path / str(size), merged(DPO, {"training": options}), data=data)
+        found.append(steps(events))
+    assert [step["ids"] for step in found[0]] == [step["ids"] for step in found[1]]
+    losses = [[step["loss"] for step in one] for one in found]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 # --- the reference ---

@@ -128,10 +128,19 @@ def load_base(job: Job, folder: str) -> PreTrainedModel:
             # In eval mode this path repacks the weight and then runs without autograd: training after an
             # evaluation would silently lose the input gradient (bitsandbytes 0.50.2, CPUs with AVX512-BF16).
             module.support_avx512bf16_for_cpu = False
+        elif isinstance(module, Linear8bitLt):
+            module.register_forward_pre_hook(_with_scales)
     if job.lora is None:
         model.requires_grad_(True)
     freeze(model, where.of(list(job.model.freeze)))
     return model
+
+
+def _with_scales(module: Linear8bitLt, _inputs: object) -> None:
+    """Give an 8-bit weight its scales back: on a CPU, PEFT (0.21.2) wraps it anew whenever DoRA dequantizes
+    it, without them, and bitsandbytes (0.50.2) then forgets those that it had."""
+    if module.weight.CB is not None and module.weight.SCB is None:
+        module.weight.SCB = module.state.SCB
 
 
 def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
