@@ -182,6 +182,12 @@ def test_a_lone_parameter_of_the_projector_is_frozen_with_it(tmp_path: Path) -> 
     assert models.describe(stays)["parts"]["projector"]["trainable"] == 0
 
 
+def test_a_model_without_a_chat_template_is_refused(tmp_path: Path) -> None:
+    (save("llava", tmp_path) / "chat_template.jinja").unlink()
+    with pytest.raises(DataError, match="no chat template"):
+        models.load_processor(job(), str(tmp_path))
+
+
 @pytest.mark.skipif(INSTALLED, reason="torchvision is installed")
 @pytest.mark.parametrize("name", sorted(set(MAKERS) - NEED_TORCHVISION))
 def test_processors_that_can_do_without_torchvision(name: str, tmp_path: Path) -> None:
