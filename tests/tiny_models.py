@@ -8,14 +8,13 @@ architectures, or `pixtral`, a llava with Mistral's tower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForImageTextToText,
@@ -32,15 +31,8 @@ from trl.chat_template_utils import (
     smolvlm_chat_template,
 )
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-}
+from tests.tiny_text import CHATML_TEMPLATE, LLAVA_TEMPLATE, PIXTRAL_TEMPLATE, text, token, tokenizer
+
 TOWER = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -51,29 +43,6 @@ TOWER = {
 }
 """Four patches."""
 
-LLAVA_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'][0]['text'] + ' ' }}"
-    "{% elif message['role'] == 'user' %}USER: {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }}{% endif %}{% endfor %} "
-    "{% else %}ASSISTANT: {{ message['content'][0]['text'] }}</s>{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
-)
-CHATML_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] + '\n' }}"
-    "{% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}{{ 'IMAGE\n' }}{% else %}{{ part['text'] }}{% endif %}{% endfor %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-PIXTRAL_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}[INST]"
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}[IMG]{% else %}{{ part['text'] }}"
-    "{% endif %}{% endfor %}[/INST]{% elif message['role'] == 'system' %}[SYSTEM_PROMPT]"
-    "{{ message['content'][0]['text'] }}[/SYSTEM_PROMPT]{% else %}{{ message['content'][0]['text'] }}</s>"
-    "{% endif %}{% endfor %}"
-)
-"""In the manner of the published ones, for the architectures whose template TRL has no copy of."""
-
 
 @dataclass(frozen=True)
 class Tiny:
@@ -83,47 +52,10 @@ class Tiny:
     processor: ProcessorMixin
 
 
-def tokenizer(
-    special: Sequence[str], *, eos: str, pad: str, bos: str | None = None, **named: str
-) -> PreTrainedTokenizerFast:
-    """Bytes and special tokens. `named` become attributes that survive saving: `image_token=...`."""
-    tokens = list(dict.fromkeys([*special, eos, pad, *([bos] if bos else []), *named.values()]))
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={letter: place for place, letter in enumerate(letters)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens(tokens)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner,
-        eos_token=eos,
-        pad_token=pad,
-        bos_token=bos,
-        additional_special_tokens=list(special),
-        extra_special_tokens=named,
-        padding_side="left",
-    )
-
-
-def text(made: PreTrainedTokenizerFast, model_type: str, **changes: Any) -> dict[str, Any]:
-    """A text configuration. The vocabulary is rounded up as in published models; PaliGemma adds tokens."""
-    ids = {
-        "eos_token_id": made.eos_token_id,
-        "bos_token_id": made.bos_token_id,
-        "pad_token_id": made.pad_token_id,
-    }
-    return {"model_type": model_type, **TEXT, "vocab_size": -(-len(made) // 64) * 64, **ids, **changes}
-
-
 def config(model_type: str, made: PreTrainedTokenizerFast, **fields: Any) -> PreTrainedConfig:
     """The architecture's own configuration class; the tokenizer's ids on the outside, too."""
     ids = {"eos_token_id": made.eos_token_id, "pad_token_id": made.pad_token_id}
     return CONFIG_MAPPING[model_type](**ids, **fields)
-
-
-def token(made: PreTrainedTokenizerFast, text: str) -> int:
-    identifier = made.convert_tokens_to_ids(text)
-    assert isinstance(identifier, int)
-    return identifier
 
 
 def _idefics2() -> Tiny:
