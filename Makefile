@@ -6,6 +6,9 @@ PYTHON ?= python3
 JOB ?=
 SET ?=
 ARGS ?=
+# torchvision is a CUDA build: for machines that have a GPU only.
+COMMA := ,
+EXTRAS ?= train,dev$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 
 SHELL := bash
 BIN := .venv/bin
@@ -58,7 +61,7 @@ has-job:
 	@echo 'Setting up .venv: once, a minute or two and 2 GB (log: .venv/install.log)'
 	@set -o pipefail; $(PYTHON) -m venv .venv && \
 	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
-	  --constraint constraints.txt --editable '.[train,dev]' 2>&1 \
+	  --constraint constraints.txt --editable '.[$(EXTRAS)]' 2>&1 \
 	| tee .venv/install.log \
 	| while IFS= read -r line; do if [ -t 1 ]; then printf '\r\033[K%.78s' "$$line"; fi; done \
 	|| { echo; tail -n 20 .venv/install.log >&2; exit 69; }; \
