@@ -27,7 +27,7 @@ train: has-job .venv/.installed ## Train a job: make train JOB=jobs/demo-sft.yam
 validate: has-job .venv/.installed ## Check a job without running it: make validate JOB=jobs/demo-sft.yaml
 	@exec $(BIN)/runner validate $(if $(JOB),"$(JOB)") $(SET)
 
-test: check ## Run check and every test: make test ARGS="-k manifest"
+test: check .venv/torchvision-cpu ## Run check and every test: make test ARGS="-k manifest"
 	@$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/.installed ## Lint, check the format and the types
@@ -38,6 +38,7 @@ check: .venv/.installed ## Lint, check the format and the types
 bench: .venv/.installed ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py
 	@$(BIN)/python bench/sft_step.py
+	@$(BIN)/python bench/memory.py
 
 schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
 	@$(BIN)/python -m runner.schema.generate
@@ -63,3 +64,10 @@ has-job:
 	|| { echo; tail -n 20 .venv/install.log >&2; exit 69; }; \
 	if [ -t 1 ]; then printf '\r\033[K'; fi; echo ".venv is ready after $$SECONDS s"; \
 	touch $@
+
+# Beside the packages of .venv, not among them: the wheel is a CUDA build, which breaks transformers next to a
+# torch without CUDA, unless tests/torchvision_shim goes before it. Without it the tests that need it are skipped.
+.venv/torchvision-cpu: .venv/.installed
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --upgrade \
+	  --constraint constraints.txt --target $@ torchvision \
+	|| echo 'torchvision cannot be downloaded: tests of the architectures that need it are skipped' >&2

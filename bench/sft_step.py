@@ -23,7 +23,9 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for both, as the supervisor sets it for trainers
 
-from runner.demo import resolve_model
+from attempt import build_model, build_rows, trainer
+
+from runner.manifest import Job
 
 ROUNDS = 3
 STEPS = 4
@@ -43,47 +45,8 @@ TRAINING = {
 }
 
 
-def build_model(folder: Path) -> None:
-    """A random model of SmolVLM's shape: widths, depths and vocabulary divided by six."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
-
-    demo = resolve_model("demo:smolvlm-tiny")
-    config = AutoConfig.from_pretrained(demo)
-    vision = {"hidden_size": 192, "intermediate_size": 720, "num_hidden_layers": 4, "num_attention_heads": 3}
-    for name, value in {**vision, "image_size": 384, "patch_size": 14}.items():
-        setattr(config.vision_config, name, value)
-    text = {"hidden_size": 336, "intermediate_size": 1344, "num_hidden_layers": 4, "num_attention_heads": 6}
-    text |= {"num_key_value_heads": 6, "head_dim": 56, "vocab_size": 8192, "max_position_embeddings": 4096}
-    for name, value in text.items():
-        setattr(config.text_config, name, value)
-    config.scale_factor = 3
-    torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
-    AutoProcessor.from_pretrained(demo, backend="pil").save_pretrained(folder)
-
-
-def build_rows(file: Path, rows: int) -> None:
-    """850 x 600 pictures, which the processor cuts into 13 tiles."""
-    from datasets import Dataset, Features, Image, Sequence, Value
-    from PIL import Image as Pillow
-
-    pictures = [Pillow.new("RGB", (850, 600), (40 * index % 256, 90, 160)) for index in range(rows)]
-    Dataset.from_dict(
-        {
-            "image": pictures,
-            "query": [f"What is the value of bar {index}?" for index in range(rows)],
-            "label": [[str(7 * index)] for index in range(rows)],
-        },
-        features=Features({"image": Image(), "query": Value("string"), "label": Sequence(Value("string"))}),
-    ).to_parquet(file)
-
-
 def ours(folder: Path, model: Path, data: Path, turn: int) -> dict[str, Any]:
     """The runner's own trainer process, as the supervisor starts it."""
-    from runner.manifest import Job
-    from runner.plan import Fetched, Plan, geometry
-
     job = Job.model_validate(
         {
             "name": "bench",
@@ -100,36 +63,7 @@ def ours(folder: Path, model: Path, data: Path, turn: int) -> dict[str, Any]:
             "checkpoints": {"max_loss": "1h"},
         }
     )
-    run_dir = folder / f"ours-{turn}"
-    attempt_dir = run_dir / "attempts" / "1"
-    attempt_dir.mkdir(parents=True)
-    (run_dir / "outbox").mkdir()
-    plan = Plan(
-        purpose="train",
-        job=job,
-        run_dir=run_dir,
-        attempt=1,
-        attempt_dir=attempt_dir,
-        geometry=geometry(job),
-        fetched=Fetched(model=str(model), train=[str(data)], eval=[]),
-        save_seconds=3600,
-    )
-    (attempt_dir / "plan.json").write_text(plan.model_dump_json())
-    reader, writer = os.pipe()
-    with (attempt_dir / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "runner.train", str(attempt_dir / "plan.json")],
-            env={**os.environ, "RUNNER_EVENTS_FD": str(writer)},
-            pass_fds=[writer],
-            stdout=log,
-            stderr=log,
-        )
-        os.close(writer)
-        with os.fdopen(reader) as lines:
-            events = [json.loads(line) for line in lines]
-    if process.wait() != 0:
-        sys.exit(f"the runner failed: {(attempt_dir / 'log').read_text()[-2000:]}")
-    steps = [event for event in events if event["event"] == "step"]
+    steps = trainer(folder / f"ours-{turn}", job, model, data).steps
     return {
         "losses": [step["loss"] for step in steps],
         "seconds": [step["seconds"] for step in steps],

@@ -18,8 +18,9 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
 from runner.train.audit import audit
-from runner.train.collator import Collator, training_template
+from runner.train.collator import Collator
 from runner.train.data import Rows
+from runner.train.turns import turn_template
 from tests.samples import chartqa, idefics2, llava_next, picture, png, rows, smolvlm, source
 
 OURS = {"row_index", "image_count"}
@@ -93,7 +94,7 @@ def test_several_turns_are_trls_bit_for_bit(tmp_path: Path, processor: Processor
     batch = Collator(processor, made.form, torch.float32)([made.dataset[0], made.dataset[1]])
     written = json.loads(f"[{','.join((tmp_path / 'talk.jsonl').read_text().splitlines())}]")
     plain = DataCollatorForVisionLanguageModeling(
-        processor, assistant_only_loss=True, chat_template=training_template(processor)
+        processor, assistant_only_loss=True, chat_template=turn_template(processor)
     )([{"images": [picture(seed=7)], "messages": entry["messages"]} for entry in written])
     for name, value in plain.items():
         assert torch.equal(batch[name], torch.as_tensor(value).to(batch[name].dtype)), name
@@ -302,9 +303,7 @@ def test_audit_refuses_wrong_labels(
 
 def test_audit_warns_when_the_end_of_a_turn_is_not_learned(tmp_path: Path, processor: ProcessorMixin) -> None:
     careless = copy.copy(processor)
-    marked = training_template(processor)
-    assert marked is not None
-    careless.chat_template = marked.replace(
+    careless.chat_template = turn_template(processor).replace(
         "<end_of_utterance>\n{% endgeneration %}", "{% endgeneration %}<end_of_utterance>\n"
     )
     made = rows(careless, (source("talk.jsonl", format="messages"), talk(tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -198,6 +199,8 @@ def test_batch_of_pairs_is_trls_bit_for_bit(build: Any, tmp_path: Path, processo
         assert torch.equal(torch.as_tensor(batch[name]), torch.as_tensor(value)), name
     assert batch["row_index"].tolist() == [0, 1, 2]
     assert batch["image_count"].tolist() == [1, 1, 1]
+    sent = pickle.loads(pickle.dumps(Collator(made_by, made.form, torch.float32)))  # to a loader's worker
+    assert torch.equal(batch_of(made, sent)["completion_mask"], batch["completion_mask"])
 
 
 def test_both_answers_carry_loss_and_nothing_else(tmp_path: Path, processor: ProcessorMixin) -> None:

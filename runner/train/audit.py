@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from transformers import ProcessorMixin
-from trl.chat_template_utils import is_chat_template_stop_token_trained
+from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from runner.errors import DataError
 from runner.train.collator import Collator, Row
@@ -207,6 +207,9 @@ def _mixed(rows: Rows, collator: Collator) -> list[str]:
 
 
 def _stops(processor: ProcessorMixin, collator: Collator) -> bool:
+    """Whether the end of a turn is among what the template marks; without marks it always carries loss."""
+    if not has_generation_markers(collator.template):
+        return True
     return bool(is_chat_template_stop_token_trained(processor, chat_template=collator.template))
 
 

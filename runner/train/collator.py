@@ -3,8 +3,8 @@
     train      Collator(...)(rows)          padded right, loss on the answers only
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
-A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn,
-through the `{% generation %}` markers of a training template), or `prompt`, `chosen` and `rejected` (a pair).
+A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn, see
+`runner.train.turns`), or `prompt`, `chosen` and `rejected` (a pair).
 Rows with several images, one and none go into one batch, where the processor takes them. That is for one
 process: a rank whose batch has no image does not run the tower, and strategies that shard the model over
 ranks would wait for it; they refuse such rows. Nothing is ever truncated. It holds a processor and plain
@@ -19,7 +19,6 @@ from typing import Any, Literal
 import torch
 from PIL.Image import Image
 from transformers import ProcessorMixin
-from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
@@ -27,6 +26,7 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from runner.errors import DataError
 from runner.train.images import BadImage, open_image
 from runner.train.messages import without_nulls
+from runner.train.turns import TurnCollator
 
 Form = Literal["prompt_completion", "messages", "preference"]
 Row = Mapping[str, Any]
@@ -41,45 +41,21 @@ _MASKS = ("pixel_attention_mask", "pixel_mask")
 """0/1 masks over pixels, by the names that transformers' processors give them."""
 
 
-def training_template(processor: ProcessorMixin) -> str | None:
-    """The chat template that marks assistant turns, or None if the processor's own does.
-
-    Raises:
-        DataError: the template has no markers and TRL knows no marked edition of it.
-    """
-    if has_generation_markers(processor.chat_template):
-        return None
-    try:
-        return get_training_chat_template(processor)
-    except ValueError as error:
-        raise DataError(
-            "datasets: a row has several assistant turns, which needs a chat template that marks them, "
-            "and this model's has no {% generation %} markers, nor does TRL know a marked edition of it. "
-            "Remedy: put {% generation %} and {% endgeneration %} around what the assistant says (up to and "
-            "including its end-of-turn token) in the model folder's chat_template.jinja, or train on rows "
-            "with one answer"
-        ) from error
-
-
 class Collator:
     """See the module. Deterministic: the same rows give the same bits."""
 
     def __init__(self, processor: ProcessorMixin, form: Form, dtype: torch.dtype) -> None:
         """
         Args:
-            form: of the training rows; `messages` demands a template with markers at once, not at the first
-                batch.
+            form: of the training rows.
             dtype: of the model's weights; pixel values are cast to it.
-
-        Raises:
-            DataError: see `training_template`.
         """
         self.processor = processor
         self.form: Form = form
         self.dtype = dtype
         self._completions = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
         self._pairs = DataCollatorForVisionPreference(processor)
-        self._turns = self._turn_collator() if form == "messages" else None
+        self._turns = TurnCollator(processor) if form == "messages" else None
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
         """A training batch of B rows, T tokens.
@@ -94,11 +70,12 @@ class Collator:
             which the first has no image come in another order than `rows`.
 
         Raises:
-            DataError: an image that was readable before training is not any more.
+            DataError: an image that was readable before training is not any more, or the turns of a row
+                cannot be found.
         """
         if "messages" in rows[0]:
             rows = _images_first(rows)
-            self._turns = self._turns or self._turn_collator()
+            self._turns = self._turns or TurnCollator(self.processor)
             collate, names = self._turns, _MESSAGES
         elif "chosen" in rows[0]:
             collate, names = self._pairs, _PAIR
@@ -132,15 +109,10 @@ class Collator:
         return self._finished(batch, rows, [len(pictures) for pictures in shown])
 
     @property
-    def template(self) -> str | None:
-        """The chat template that marks assistant turns; None is the processor's own.
-
-        Raises:
-            DataError: see `training_template`.
-        """
-        self._turns = self._turns or self._turn_collator()
-        template: str | None = self._turns.chat_template
-        return template
+    def template(self) -> str:
+        """The chat template that conversations are rendered with."""
+        self._turns = self._turns or TurnCollator(self.processor)
+        return self._turns.template
 
     def texts(self, row: Row) -> list[list[str]]:
         """What a row is tokenized from, each image still one placeholder: the parts of its sequence, and of
@@ -153,11 +125,6 @@ class Collator:
         names = _PAIR if "chosen" in row else _COMPLETION
         rendered = apply_chat_template({name: without_nulls(row[name]) for name in names}, self.processor)
         return [[rendered["prompt"], rendered[answer]] for answer in names[1:]]
-
-    def _turn_collator(self) -> DataCollatorForVisionLanguageModeling:
-        return DataCollatorForVisionLanguageModeling(
-            self.processor, assistant_only_loss=True, chat_template=training_template(self.processor)
-        )
 
     def _finished(self, batch: Mapping[str, Any], rows: Sequence[Row], image_counts: Sequence[int]) -> Batch:
         finished = dict(batch)

@@ -31,13 +31,14 @@ from transformers import ProcessorMixin
 from runner.manifest import Datasets, Source
 from runner.train import formats, images
 from runner.train.checks import Candidate, judge, notes
-from runner.train.collator import Collator, Form, training_template
+from runner.train.collator import Collator, Form
 from runner.train.conversions import converted, form_of, shaped
 from runner.train.sources import (
     Opened,
     image_counts,
     image_lists,
     images_dataset,
+    no_images,
     open_source,
     shown_images,
 )
@@ -88,7 +89,8 @@ class Rows:
     skipped: tuple[tuple[str, str], ...]
     """Name and reason of every row that was left out."""
     notes: tuple[str, ...]
-    """What was changed to make images RGB, or rows short enough, with the names of the rows."""
+    """What was changed to make images RGB, or rows short enough, with the names of the rows; and sources that
+    have no images."""
     max_tokens: int
     """Tokens of the longest row."""
     fingerprint: str
@@ -124,7 +126,7 @@ def load(
     ]
     drawn = _drawn([len(one.table) for one in opened], sources, max_samples, f"{seed}/{name}")
     pictures = [_pictures(one) for one in opened]
-    counts = [image_counts(one.data.column("images")) for one in pictures]
+    counts = [image_counts(one) for one in pictures]
     controls = _controls(processor)
     texts = [
         converted(one, source, count, controls, policy.num_proc)
@@ -136,13 +138,14 @@ def load(
         for one, picture, rows in zip(opened, pictures, drawn, strict=True)
     ]
     form = form_of(sources, texts, drawn)
-    if form == "messages":
-        training_template(processor)
     candidates = _candidates(opened, texts, shown, found, drawn, form)
     joined = concatenate_datasets(
         [
-            concatenate_datasets([_in_order(picture, orders), shaped(text, form)], axis=1)
-            for picture, orders, text in zip(pictures, shown, texts, strict=True)
+            concatenate_datasets(
+                [images_dataset(shown_images(picture, orders), f"{one.key}-images"), shaped(text, form)],
+                axis=1,
+            )
+            for one, picture, orders, text in zip(opened, pictures, shown, texts, strict=True)
         ]
     )
     # Never sent to another process or to a model, so its dtype means nothing.
@@ -152,7 +155,7 @@ def load(
         dataset=_dataset(joined, verdict.kept, [len(order) for orders in shown for order in orders]),
         form=form,
         skipped=tuple((row.name, row.problem or "") for row in verdict.left_out),
-        notes=notes(verdict.kept, f"datasets.{name}"),
+        notes=(*_text_only(opened), *notes(verdict.kept, f"datasets.{name}")),
         max_tokens=max(row.tokens for row in verdict.kept),
         fingerprint=_fingerprint(verdict.kept, form),
     )
@@ -174,31 +177,39 @@ def _drawn(
     return [sorted(row for number, row in kept if number == wanted) for wanted in range(len(lengths))]
 
 
-def _pictures(opened: Opened) -> Dataset:
+def _pictures(opened: Opened) -> pa.ChunkedArray:
+    """The images of every row, as the source has them."""
+    if opened.image is None:
+        return no_images(len(opened.table))
     column = opened.table.data.column(opened.image)
     what = f"{opened.key}.columns: column {opened.image!r} of {opened.label}"
-    lists = image_lists(column, opened.folder, what)
-    return images_dataset(lists, f"{opened.key}-images")
+    return image_lists(column, opened.folder, what)
 
 
-def _in_order(pictures: Dataset, shown: list[list[int]]) -> Dataset:
-    """Every row's images as its image parts show them."""
-    lists = shown_images(pictures.data.column("images"), shown)
-    return images_dataset(lists, f"{pictures._fingerprint}-shown")
+def _text_only(opened: Sequence[Opened]) -> list[str]:
+    """Said aloud, because a column of paths under another name looks like text, too."""
+    return [
+        f"{one.key}: {one.label} has no column of images: its rows are text"
+        for one in opened
+        if one.image is None
+    ]
 
 
 def _controls(processor: ProcessorMixin) -> str:
-    """Matches any token that a text may not spell: the tokenizer's special ones and the image placeholder."""
-    tokens = {*processor.tokenizer.all_special_tokens, processor.image_token}
+    """Matches any token that a text may not spell: the tokenizer's special ones, those around image tokens
+    among them, and the image placeholder."""
+    added = {token.content for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    tokens = {*processor.tokenizer.all_special_tokens, *added, processor.image_token}
     return "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
 
 
-def _inspected(opened: Opened, pictures: Dataset, rows: list[int], num_proc: int | None) -> Dataset:
+def _inspected(opened: Opened, pictures: pa.ChunkedArray, rows: list[int], num_proc: int | None) -> Dataset:
     """`images.Inspection` of the drawn rows. Reads the source's own table, which other processes can map."""
-    in_files = any(
-        pc.any(chunk.values.field("bytes").is_null()).as_py()
-        for chunk in pictures.data.column("images").chunks
-    )
+    if opened.image is None:
+        found = [dict(images.inspect([])) for _ in rows]
+        nothing = pa.Table.from_pylist(found, schema=_INSPECTED.arrow_schema)
+        return Dataset(nothing, info=DatasetInfo(features=_INSPECTED), fingerprint=f"{opened.key}-text")
+    in_files = any(pc.any(chunk.values.field("bytes").is_null()).as_py() for chunk in pictures.chunks)
     table = opened.table.select_columns([opened.image]).select(rows).with_format("arrow")
     return table.map(
         _inspect_batch,

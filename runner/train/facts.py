@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -20,5 +21,8 @@ def peak_memory() -> int:
     """Most bytes in use so far: allocated on the GPU where there is one, else resident in this process."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which on Linux begins at what the process had before its exec: its parent's peak.
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024

@@ -28,7 +28,7 @@ from transformers.image_processing_backends import PilBackend
 
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
-from runner.train.architectures import Parts, parts
+from runner.train.architectures import PARTS, Parts, parts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -63,12 +63,25 @@ def load_processor(job: Job, folder: str) -> ProcessorMixin:
             processor.image_processor = AutoImageProcessor.from_pretrained(
                 folder, backend=job.model.image_backend, **job.model.processor
             )
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except ImportError as error:
+        raise DataError(
+            f"model: cannot build the processor in {folder}: {str(error).strip()} Remedy: install what it "
+            "names; torchvision comes with pip install 'vlm-runner[gpu]'"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"model: cannot build the processor in {folder}: {error}") from error
     if not isinstance(processor, ProcessorMixin):
         raise DataError(
             f"model: {folder} has a {type(processor).__name__} and no processor for images; "
             "remedy: name a vision-language model"
+        )
+    fit = parts(load_config(folder).model_type).fit
+    if fit is not None:
+        processor = fit(processor)
+    if processor.chat_template is None:
+        raise DataError(
+            f"model: the processor in {folder} has no chat template; remedy: name a model that was tuned for "
+            "conversations, or put a chat_template.jinja into its folder"
         )
     found = image_backend(processor)
     if found != job.model.image_backend:
@@ -163,14 +176,29 @@ def freeze(model: PreTrainedModel, paths: list[str]) -> None:
     Input-require-grads hooks make image embeddings require a gradient, so a tower that is merely not
     trained would still run backward (2.2 times the step at SmolVLM's proportions).
     """
-    for path in paths:
-        model.get_submodule(path).requires_grad_(False)
+    stop_gradients(model, paths)
     where = parts(model.config.model_type)
-    for path in paths:
-        # The projector lies behind the tower: without autograd it would cut off a tower that trains.
-        if path == where.vision_tower or where.vision_tower in paths:
-            module = model.get_submodule(path)
-            module.forward = torch.no_grad()(module.forward)
+    # The projector lies behind the tower: without autograd it would cut off a tower that trains.
+    if set(where.vision_tower) <= set(paths):
+        for path in paths:
+            for module in _modules(model, path):
+                module.forward = torch.no_grad()(module.forward)
+
+
+def stop_gradients(model: PreTrainedModel, paths: list[str]) -> None:
+    """No parameter at or below `paths` trains."""
+    for path, parameter in model.named_parameters():
+        if any(path == prefix or path.startswith(f"{prefix}.") for prefix in paths):
+            parameter.requires_grad_(False)
+
+
+def _modules(model: PreTrainedModel, path: str) -> list[torch.nn.Module]:
+    """What a forward call at a path of the table goes through; nothing at a lone parameter."""
+    parent, _, name = path.rpartition(".")
+    if name in dict(model.get_submodule(parent).named_parameters(recurse=False)):
+        return []
+    module = model.get_submodule(path)
+    return list(module) if isinstance(module, torch.nn.ModuleList) else [module]
 
 
 def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
@@ -198,8 +226,7 @@ def add_adapter(model: PreTrainedModel, job: Job) -> PeftModel:
                 )
             ]
         ) from error
-    for path in frozen:  # `bias: all` unfreezes what it does not adapt
-        adapted.get_base_model().get_submodule(path).requires_grad_(False)
+    stop_gradients(adapted.get_base_model(), frozen)  # `bias: all` unfreezes what it does not adapt
     # The adapter must load wherever the base model is known by its public name, not by this machine's folder.
     adapted.peft_config["default"].base_model_name_or_path = job.model.name_or_path
     adapted.peft_config["default"].revision = job.model.revision
@@ -254,32 +281,22 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     where = parts(base.config.model_type)
-    count = {name: {"linear4bit": 0, "linear8bit": 0, "adapted": 0, "trainable": 0} for name in _PARTS}
+    count = {name: {"linear4bit": 0, "linear8bit": 0, "adapted": 0, "trainable": 0} for name in PARTS}
     for path, module in base.named_modules():
-        row = count[_part(path, where)]
-        row["linear4bit"] += isinstance(module, Linear4bit)
-        row["linear8bit"] += isinstance(module, Linear8bitLt)
-        row["adapted"] += isinstance(module, BaseTunerLayer)
+        if (part := where.part_of(path)) is not None:
+            count[part]["linear4bit"] += isinstance(module, Linear4bit)
+            count[part]["linear8bit"] += isinstance(module, Linear8bitLt)
+            count[part]["adapted"] += isinstance(module, BaseTunerLayer)
     for path, parameter in base.named_parameters():
-        count[_part(path, where)]["trainable"] += parameter.numel() if parameter.requires_grad else 0
+        if (part := where.part_of(path)) is not None and parameter.requires_grad:
+            count[part]["trainable"] += parameter.numel()
     return {
         "model_class": type(base).__name__,
         "parts": count,
-        "trainable_parameters": sum(row["trainable"] for row in count.values()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "trainable_dtypes": sorted(
             {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
         ),
         "attn_implementation": base.config._attn_implementation,
         "device": str(base.device),
     }
-
-
-_PARTS = ("vision_tower", "projector", "language_model")
-
-
-def _part(path: str, where: Parts) -> str:
-    """The part that a module or parameter path belongs to."""
-    for name, prefix in (("vision_tower", where.vision_tower), ("projector", where.projector)):
-        if path == prefix or path.startswith(prefix + "."):
-            return name
-    return "language_model"

@@ -14,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -31,6 +32,8 @@ IMAGES = List(Image(decode=False))
 
 OPTIONAL_ROLES = frozenset({"group"})
 IMAGE_ROLES = ("image", "images")
+NEED_IMAGES = frozenset({"vqa", "caption", "preference"})
+"""Formats whose rows ask about an image. A source of another format may be all text."""
 
 _STORED = pa.struct({"bytes": pa.binary(), "path": pa.string()})
 
@@ -45,8 +48,8 @@ class Opened:
     """What people call it: `HuggingFaceM4/ChartQA[train[:10%]]`."""
     table: Dataset
     """Its rows, all columns, nothing decoded."""
-    image: str
-    """The column of its images."""
+    image: str | None
+    """The column of its images; None: it has none, its rows are text."""
     columns: dict[str, str]
     """Role -> column, for the other roles of its format."""
     folder: str
@@ -134,6 +137,12 @@ def image_counts(lists: pa.ChunkedArray) -> list[int]:
     return counts
 
 
+def no_images(rows: int) -> pa.ChunkedArray:
+    """What `image_lists` returns for rows of text."""
+    none = pa.ListArray.from_arrays(pa.array([0] * (rows + 1), pa.int32()), pa.array([], _STORED))
+    return pa.chunked_array([none])
+
+
 def shown_images(lists: pa.ChunkedArray, shown: Sequence[Sequence[int]]) -> pa.ChunkedArray:
     """The images of every row in the order in which it shows them.
 
@@ -185,19 +194,19 @@ def _builder(source: Source, path: Path, key: str, name: str) -> DatasetBuilder:
     return builder
 
 
-def _columns(source: Source, key: str, label: str, table: Dataset) -> tuple[str, dict[str, str]]:
+def _columns(source: Source, key: str, label: str, table: Dataset) -> tuple[str | None, dict[str, str]]:
     """The image column, and role -> column for the rest."""
     there = list(table.column_names)
     roles = {role: source.columns.get(role, role) for role in ROLES[source.format]}
-    named = next((role for role in IMAGE_ROLES if role in source.columns), None)
-    image = roles[named] if named else next((role for role in IMAGE_ROLES if role in there), "image")
+    image = _image_column(source, table)
     columns = {
         role: column
         for role, column in roles.items()
         if role not in IMAGE_ROLES
         and (role not in OPTIONAL_ROLES or role in source.columns or column in there)
     }
-    missing = [(role, column) for role, column in [("image", image), *columns.items()] if column not in there]
+    needed = [*([] if image is None else [("image", image)]), *columns.items()]
+    missing = [(role, column) for role, column in needed if column not in there]
     if missing:
         remedy = ", ".join(f"{role}: <column>" for role, _ in missing)
         wanted = "; ".join(
@@ -208,6 +217,29 @@ def _columns(source: Source, key: str, label: str, table: Dataset) -> tuple[str,
             f"The columns there are: {', '.join(there)}. Remedy: {key}.columns: {{{remedy}}}"
         )
     return image, columns
+
+
+def _image_column(source: Source, table: Dataset) -> str | None:
+    """Which column holds the images:
+
+    the job names    the table has                        column
+    a column         anything                             the named one
+    none             image or images                      that one
+    none             images under another name            image, which is then missed
+    none             no images, and the format needs one  image, which is then missed
+    none             no images                            None: rows of text
+    """
+    named = next((source.columns[role] for role in IMAGE_ROLES if role in source.columns), None)
+    there = named or next((role for role in IMAGE_ROLES if role in table.column_names), None)
+    if there is not None:
+        return there
+    elsewhere = any(_is_image(feature) for feature in table.features.values())
+    return "image" if elsewhere or source.format in NEED_IMAGES else None
+
+
+def _is_image(feature: Any) -> bool:
+    inner = feature.feature if isinstance(feature, List | LargeList) else feature
+    return isinstance(inner, Image)
 
 
 def _image_folder(source: Source, path: Path, key: str) -> str:
