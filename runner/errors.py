@@ -30,7 +30,7 @@ class RunnerError(Exception):
 
 
 class OutOfMemory(RunnerError):
-    """A trainer's micro-batch does not fit: a smaller one may. Said to the supervisor, never the end of a run."""
+    """A trainer's micro-batch does not fit, and a smaller one may: for its supervisor, never a run's end."""
 
     outcome = "out_of_memory"
 

@@ -42,7 +42,7 @@ PAIRS: tuple[str, ...] = ("preference", "preference_messages")
 """Formats whose rows are pairs of answers: what method dpo trains on, and nothing else reads."""
 
 SORTING: tuple[str, ...] = ("aot", "aot_unpaired")
-"""Values of DPOConfig.loss_type that sort the pairs of a micro-batch: another per-device size is another loss."""
+"""Values of DPOConfig.loss_type that sort the pairs of a micro-batch: another size of it is another loss."""
 
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS-1123 label, because the name becomes the name of cluster objects."""

@@ -80,11 +80,11 @@ def batch_record(job: Job, cut: Geometry) -> dict[str, Any]:
 def recorded_size(job: Job, record: Any) -> int | None:
     """The per-device size of a checkpoint's `batch_record`, if it still answers what the job asks for.
 
-        job     checkpoint asked    answer
-        auto    auto                its size
-        8       8                   its size, 4 when 8 did not fit
-        2       8, auto             None: somebody wants another size now
-        any     no record           None
+    job     checkpoint asked    answer
+    auto    auto                its size
+    8       8                   its size, 4 when 8 did not fit
+    2       8, auto             None: somebody wants another size now
+    any     no record           None
     """
     if isinstance(record, dict) and record.get("asked") == job.training.per_device_train_batch_size:
         size = record.get("per_device")
@@ -93,7 +93,7 @@ def recorded_size(job: Job, record: Any) -> int | None:
 
 
 def sizes(global_batch_size: int, world: int = 1) -> list[int]:
-    """The per-device sizes that cut a global batch evenly, largest first; none if there are too many processes.
+    """The per-device sizes that cut a global batch evenly, largest first; none for too many processes.
 
     global  world    sizes
         12      1    12, 6, 4, 3, 2, 1

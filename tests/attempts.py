@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from runner.demo import resolve_dataset, resolve_model
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
+from runner.supervisor.attempt import TRAINER
+
+ROOT = Path(__file__).parents[1]
 
 JOB: dict[str, Any] = {
     "name": "test",
@@ -29,7 +32,12 @@ JOB: dict[str, Any] = {
             }
         ]
     },
-    "training": {"global_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-3},
+    "training": {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+    },
 }
 """Sixteen charts, two epochs, four steps."""
 
@@ -48,7 +56,9 @@ def charts() -> Path:
     return resolve_dataset("demo:charts", Path(os.environ["RUNNER_CACHE"]))
 
 
-def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def run(
+    folder: Path, changes: dict[str, Any], trainer: Sequence[str] = TRAINER, **fields: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """One attempt in its own process: its outcome and its events. `folder` becomes `runs/<name>`.
 
     `changes` are laid over `JOB`, `fields` over the plan.
@@ -65,6 +75,7 @@ def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str,
         attempt=attempt,
         attempt_dir=attempt_dir,
         geometry=geometry(job),
+        probe=job.training.per_device_train_batch_size == "auto",
         fetched=Fetched(
             model=str(resolve_model("demo:smolvlm-tiny")),
             train=[str(charts())] * len(job.datasets.train),
@@ -78,8 +89,8 @@ def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str,
     reader, writer = os.pipe()
     with (attempt_dir / "trainer.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runner.train", str(file)],
-            env={**os.environ, "RUNNER_EVENTS_FD": str(writer)},
+            [*trainer, str(file)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RUNNER_EVENTS_FD": str(writer)},
             pass_fds=[writer],
             stdout=log,
             stderr=log,

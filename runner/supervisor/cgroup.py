@@ -1,4 +1,4 @@
-"""How often the kernel has killed for memory here: the counter of this process's control group, either version.
+"""How often the kernel has killed for memory here: the counter of this process's control group.
 
     v2    /sys/fs/cgroup/<group>/memory.events               oom_kill 3
     v1    /sys/fs/cgroup/memory/<group>/memory.oom_control   oom_kill 3
@@ -32,7 +32,7 @@ def kills(root: Path = ROOT, own: Path = OWN) -> int | None:
 
 
 def _counters(root: Path, own: Path) -> Iterator[Path]:
-    """Where the counter may be. A container may see its group's path from outside and its files at the root."""
+    """Where the counter may be: a container may see its group's outer path, and its files at the root."""
     try:
         lines = own.read_text().splitlines()
     except OSError:  # no Linux

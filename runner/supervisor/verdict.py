@@ -1,7 +1,7 @@
 """What follows when a trainer has ended: done, another attempt, or the end of the run. Pure.
 
-The trainer's `outcome.json` decides, not its exit code; a trainer that left none has crashed, or was killed for
-the memory that it used (`runner.supervisor.cgroup`).
+The trainer's `outcome.json` decides, not its exit code; a trainer that left none has crashed, or was killed
+for the memory that it used (`runner.supervisor.cgroup`).
 """
 
 from __future__ import annotations
@@ -66,6 +66,8 @@ class Restart:
     """Go on from the newest checkpoint."""
 
     reason: str
+    sizes: dict[str, int] | None = None
+    """After an out of memory the per-device size, `{"from": 8, "to": 4}`."""
 
 
 @dataclass
@@ -137,21 +139,21 @@ def smaller_batch(job: Job, cut: Geometry, place: str, reason: str) -> Geometry:
     levers = "; ".join(memory_levers(job))
     if job.training.sorts:
         raise RunnerError(
-            f"{place}: {cut.per_device} pairs do not fit the memory ({reason}), and fewer at once would be another "
-            f"loss, because {job.training.options['loss_type']} sorts them. Remedy, the largest lever first: "
-            f"{levers}; or another name with a smaller training.per_device_train_batch_size"
+            f"{place}: {cut.per_device} pairs do not fit the memory ({reason}), and fewer at once would be "
+            f"another loss, because {job.training.options['loss_type']} sorts them. Remedy, the largest lever "
+            f"first: {levers}; or another name with a smaller training.per_device_train_batch_size"
         )
     less = smaller(cut)
     if less is None:
         raise RunnerError(
-            f"{place}: a micro-batch of a single row does not fit the memory ({reason}). Remedy, the largest lever "
-            f"first: {levers}"
+            f"{place}: a micro-batch of a single row does not fit the memory ({reason}). Remedy, the largest "
+            f"lever first: {levers}"
         )
     return less
 
 
 def memory_levers(job: Job) -> list[str]:
-    """What of a job can be changed so that one row fits, the largest saving first; what is in force is left out.
+    """What of a job can be changed so that one row fits, the largest saving first, without what is in force.
 
     The order is that of the usual sizes: weights with their gradients and moments, then weights, then
     activations, then what is left.
@@ -165,7 +167,10 @@ def memory_levers(job: Job) -> list[str]:
         (checkpointing is False, "training.gradient_checkpointing: true"),
         (True, "smaller images through model.processor (for Idefics3: size: {longest_edge: ...})"),
         (True, "datasets.max_length with datasets.on_overflow: drop or resize"),
-        (bool(set(job.model.freeze) ^ {"vision_tower", "projector"}), "model.freeze: [vision_tower, projector]"),
+        (
+            bool(set(job.model.freeze) ^ {"vision_tower", "projector"}),
+            "model.freeze: [vision_tower, projector]",
+        ),
         (True, "a device with more memory"),
     ]
     return [lever for is_open, lever in rungs if is_open]

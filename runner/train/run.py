@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 from trl import SFTConfig
 
 from runner.durable import write_text
-from runner.errors import Preempted, RunnerError
+from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
 from runner.train import model as models
-from runner.train import state
+from runner.train import probe, state
 from runner.train.audit import audit
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
@@ -31,13 +31,12 @@ from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions
+from runner.train.memory import memory_named
 from runner.train.trainer import SftRun, sft, sft_arguments
 
 OUT_OF_MEMORY = (
-    "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
-    "training.per_device_train_batch_size: 1 (the global batch stays), "
-    "training.gradient_checkpointing: true, "
-    "a smaller model.processor.size, quantization.load_in_4bit: true"
+    "out of memory before or after training: the model does not fit the device. Remedy, the largest lever "
+    "first: quantization.load_in_4bit: true, model.dtype: bfloat16, a device with more memory"
 )
 
 
@@ -62,7 +61,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     _stop_here(channel, "before training")
     arguments = sft_arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
-    try:
+    with memory_named(RunnerError, OUT_OF_MEMORY):
         base = models.load_base(plan.job, plan.fetched.model)
         # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base into it.
         before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
@@ -71,6 +70,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
+        plan = _sized(plan, channel, trainer, prepared)
         channel.send("plan", **_numbers(plan, prepared, trainer))
         control = _fit(plan, channel, trainer)
         if control.stopped:
@@ -80,8 +80,6 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         exported = _export(plan, channel, model, prepared.processor)
         _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
         after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
-    except torch.OutOfMemoryError as error:
-        raise RunnerError(f"{OUT_OF_MEMORY}. The device said: {str(error).splitlines()[0]}") from error
     return {
         "step": trainer.args.max_steps,
         "steps": trainer.args.max_steps,
@@ -193,16 +191,27 @@ def _trainer(
     return trainer
 
 
+def _sized(plan: Plan, channel: Channel, trainer: SftRun, prepared: Prepared) -> Plan:
+    """The plan with the largest micro-batch that fits, where the job leaves it to the runner."""
+    rows = prepared.train_rows
+    if not plan.probe or rows is None:
+        return plan
+    cut = probe.fitting(trainer, trainer.data_collator, rows, plan.geometry, channel)
+    trainer.recut(cut)
+    return plan.model_copy(update={"geometry": cut})
+
+
 def _fit(plan: Plan, channel: Channel, trainer: SftRun) -> SaveAndStop:
     """Train from the plan's checkpoint to the last step, or only load a checkpoint that is already there."""
     channel.send("phase", phase="train")
-    if plan.restore is None:
-        trainer.train()
-    elif trainer.steps[-1].step >= trainer.args.max_steps:
-        # transformers would train one step more from such a checkpoint.
-        trainer._load_from_checkpoint(str(plan.restore))
-    else:
-        trainer.train(resume_from_checkpoint=str(plan.restore))
+    with memory_named(OutOfMemory, f"{plan.geometry.per_device} rows do not fit at once"):
+        if plan.restore is None:
+            trainer.train()
+        elif trainer.steps[-1].step >= trainer.args.max_steps:
+            # transformers would train one step more from such a checkpoint.
+            trainer._load_from_checkpoint(str(plan.restore))
+        else:
+            trainer.train(resume_from_checkpoint=str(plan.restore))
     return trainer.control_callback
 
 
