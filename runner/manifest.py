@@ -160,7 +160,8 @@ class Training(BaseModel):
         description="Samples per forward and backward on one device; divides global_batch_size. auto: before "
         "step 1 the largest divisor that fits is found with the longest rows (without a GPU at most 8). A "
         "number is a wish: whatever was asked for, running out of memory later restarts the run once from "
-        "its last checkpoint with the next smaller divisor, and says so. The global batch stays.",
+        "its last checkpoint with the next smaller divisor, and says so. The global batch stays. With "
+        "loss_type aot or aot_unpaired it has to be a number and never shrinks, because it changes the loss.",
     )
 
     @property

@@ -88,7 +88,7 @@ def recorded_size(job: Job, record: Any) -> int | None:
     """
     if isinstance(record, dict) and record.get("asked") == job.training.per_device_train_batch_size:
         size = record.get("per_device")
-        return size if isinstance(size, int) and size > 0 else None
+        return size if type(size) is int and size > 0 else None
     return None
 
 

@@ -1,5 +1,5 @@
-"""The per-device size of a run's attempts: asked for, found by a probe, kept by a checkpoint, or smaller after
-it was too large. What follows an out of memory is decided in `runner.supervisor.verdict`.
+"""The per-device size of a run's attempts: asked for, found by a probe, kept by a checkpoint, or smaller than
+one that was too large. What follows an out of memory is decided in `runner.supervisor.verdict`.
 """
 
 from __future__ import annotations

@@ -140,8 +140,8 @@ def smaller_batch(job: Job, cut: Geometry, place: str, reason: str) -> Geometry:
     if job.training.sorts:
         raise RunnerError(
             f"{place}: {cut.per_device} pairs do not fit the memory ({reason}), and fewer at once would be "
-            f"another loss, because {job.training.options['loss_type']} sorts them. Remedy, the largest lever "
-            f"first: {levers}; or another name with a smaller training.per_device_train_batch_size"
+            f"another loss, because {job.training.options['loss_type']} sorts them. Remedy, the largest "
+            f"lever first: {levers}; or another name with a smaller training.per_device_train_batch_size"
         )
     less = smaller(cut)
     if less is None:
@@ -159,12 +159,14 @@ def memory_levers(job: Job) -> list[str]:
     activations, then what is left.
     """
     quantization = job.quantization or {}
-    checkpointing = job.training.options.get("gradient_checkpointing", True)
     rungs = [
         (job.lora is None, "a lora section: full fine-tuning needs gradients and moments for every weight"),
         (job.model.dtype == "float32", "model.dtype: bfloat16"),
         (job.lora is not None and not quantization.get("load_in_4bit"), "quantization: {load_in_4bit: true}"),
-        (checkpointing is False, "training.gradient_checkpointing: true"),
+        (
+            job.training.options.get("gradient_checkpointing") is False,
+            "training.gradient_checkpointing: true",
+        ),
         (True, "smaller images through model.processor (for Idefics3: size: {longest_edge: ...})"),
         (True, "datasets.max_length with datasets.on_overflow: drop or resize"),
         (
