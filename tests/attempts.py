@@ -56,10 +56,8 @@ def charts() -> Path:
     return resolve_dataset("demo:charts", Path(os.environ["RUNNER_CACHE"]))
 
 
-def run(
-    folder: Path, changes: dict[str, Any], trainer: Sequence[str] = TRAINER, **fields: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One attempt in its own process: its outcome and its events. `folder` becomes `runs/<name>`.
+def planned(folder: Path, changes: dict[str, Any], **fields: Any) -> Plan:
+    """The plan of one attempt, and its folder. `folder` becomes `runs/<name>`.
 
     `changes` are laid over `JOB`, `fields` over the plan.
     """
@@ -68,7 +66,7 @@ def run(
     attempt_dir = folder / "attempts" / str(attempt)
     attempt_dir.mkdir(parents=True)
     (folder / "outbox").mkdir(exist_ok=True)
-    plan = Plan(
+    return Plan(
         purpose=fields.pop("purpose", "train"),
         job=job,
         run_dir=folder,
@@ -84,6 +82,14 @@ def run(
         save_seconds=3600,
         **fields,
     )
+
+
+def run(
+    folder: Path, changes: dict[str, Any], trainer: Sequence[str] = TRAINER, **fields: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One attempt in its own process, as `planned`: its outcome and its events."""
+    plan = planned(folder, changes, **fields)
+    attempt_dir = plan.attempt_dir
     file = attempt_dir / "plan.json"
     file.write_text(plan.model_dump_json())
     reader, writer = os.pipe()
