@@ -1,6 +1,7 @@
 """Every way a run can end, as exceptions that carry the exit code.
 
     RunnerError            1   crash: the trainer died, or a defect of ours (counted by orchestrators)
+    ├── OutOfMemory        1   a trainer's micro-batch does not fit; its supervisor knows what follows
     ├── UsageError        64   the command line is wrong
     ├── DataError         65   a dataset, a model folder or a checkpoint is not what the job says
     ├── StorageError      74   disk, store or network, after patience (retried by orchestrators)
@@ -26,6 +27,12 @@ class RunnerError(Exception):
     exit_code: ClassVar[int] = 1
     outcome: ClassVar[str] = "failed"
     """The word that `result.json` and the events use."""
+
+
+class OutOfMemory(RunnerError):
+    """A trainer's micro-batch does not fit, and a smaller one may: for its supervisor, never a run's end."""
+
+    outcome = "out_of_memory"
 
 
 class UsageError(RunnerError):

@@ -2,12 +2,13 @@
 
     {"time": 1767225600.25, "attempt": 2, "event": "step", "step": 17, "loss": 0.41, ...}
 
-Events of the trainer: phase, plan, audit, begin, step, progress, checkpoint, evaluation, warning, message.
+Events of the trainer: phase, probe, plan, audit, begin, step, progress, checkpoint, evaluation, warning,
+message.
 Events of the supervisor:
 
     start       a supervisor took the run: versions
     attempt     a trainer starts: restore (id or null), step
-    restart     why there is another attempt: reason, step
+    restart     why there is another attempt: reason, step; after an out of memory per_device: {from, to}
     commit      a checkpoint is committed: id, step, leftover
     bad         a committed checkpoint does not verify: id, reason
     removed     something that nobody committed is deleted: id, reason
@@ -41,6 +42,7 @@ _SHOWN = 200
 _NUMBER = (int, float)
 _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "phase": {"phase": str},
+    "probe": {"per_device": int},
     "begin": {"step": int, "ids": list},
     "step": {"step": int, "steps": int, "loss": _NUMBER, "tokens": int, "images": int, "seconds": _NUMBER},
     "progress": {"phase": str, "done": int, "total": int},

@@ -25,17 +25,18 @@ from runner.errors import DataError, Preempted, RunnerError
 from runner.events import Event, EventLog
 from runner.job.resolved import resolved_yaml
 from runner.manifest import Job
-from runner.plan import Fetched, Geometry, Plan, geometry
+from runner.plan import Fetched, Plan, geometry
 from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity, result
 from runner.supervisor.attempt import TRAINER, Ended, Seen
+from runner.supervisor.batch import Batch
 from runner.supervisor.evaluation import evaluate
 from runner.supervisor.fetching import fetched
 from runner.supervisor.identity import Identity
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
-from runner.supervisor.verdict import History, Outcome, final_error
+from runner.supervisor.verdict import History, Outcome, Restart, final_error
 
 __all__ = ["evaluate", "train"]
 
@@ -51,7 +52,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         RunnerError: every other end, with its exit code.
     """
     job = resolved.job
-    cut = geometry(job)
+    geometry(job)  # a size that cuts no global batch is told before anything is done
     folder = RunFolder((runs_dir / job.name).absolute())
     with folder.locked(), Notices() as notices, contextlib.closing(Screen()) as screen:
         stored = identity.read(folder.identity)
@@ -67,7 +68,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         with disk("write the job", folder.job):
             write_text(folder.job, resolved_yaml(resolved))
         with EventLog(folder.events) as log:
-            _Run(job, cut, folder, stored, notices, screen, log, trainer).train()
+            _Run(job, folder, stored, notices, screen, log, trainer).train()
     return 0
 
 
@@ -82,7 +83,6 @@ class _Run:
     def __init__(
         self,
         job: Job,
-        cut: Geometry,
         folder: RunFolder,
         stored: Identity | None,
         notices: Notices,
@@ -91,13 +91,13 @@ class _Run:
         trainer: Sequence[str],
     ) -> None:
         self._job = job
-        self._cut = cut
         self._folder = folder
         self._stored = stored
         self._notices = notices
         self._screen = screen
         self._log = log
         self._trainer = trainer
+        self._batch = Batch(job)
         self._store = LocalStore(folder.checkpoints, job.checkpoints.keep_last, self._say)
         self._outcome: Outcome | None = None
         """Of the newest attempt, if it left one."""
@@ -148,9 +148,9 @@ class _Run:
             RunnerError: one decided to stop, or was asked to, or they do not get on.
         """
         history = History()
-        reason = self._former_end()
+        restart = self._former_end()
         while True:
-            ended, progressed = self._attempt(sources, reason)
+            plan, ended, progressed = self._attempt(sources, restart)
             self._outcome = ended.outcome
             if ended.outcome is not None:
                 final = final_error(ended.outcome)
@@ -163,9 +163,14 @@ class _Run:
             if self._notices.first is not None:
                 raise Preempted(self._stopped(f"the trainer ended {ended.seen.place} with {ended.reason}"))
             self._screen.line(ended.message(self._log.attempt))
-            reason = history.decide(ended.crash(self._log.attempt, progressed)).reason
+            self._batch.note(ended.seen)
+            if ended.out_of_memory:
+                history = History() if progressed else history
+                restart = self._batch.shrink(plan.geometry, ended)
+            else:
+                restart = history.decide(ended.crash(self._log.attempt, progressed))
 
-    def _attempt(self, sources: Fetched, reason: str | None) -> tuple[Ended, bool]:
+    def _attempt(self, sources: Fetched, restart: Restart | None) -> tuple[Plan, Ended, bool]:
         """One trainer, from the newest whole checkpoint: how it ended, and whether it left a newer one."""
         if self._notices.first is not None:
             raise Preempted(self._stopped("before a trainer was started"))
@@ -174,18 +179,24 @@ class _Run:
         number, folder = attempt.new_folder(self._folder.attempts)
         self._log.attempt = number
         step = 0 if restore is None else restore.step
-        if reason is not None:
-            self._say({"event": "restart", "reason": reason, "step": step})
+        if restart is not None:
+            said = {"reason": restart.reason, "step": step, "per_device": restart.sizes}
+            self._say({"event": "restart", **said})
             origin = "step 0" if restore is None else f"checkpoint {restore.id}, step {step}"
-            self._screen.line(f"attempt {number} goes on from {origin}")
+            smaller = ""
+            if restart.sizes is not None:
+                smaller = ", with {to} rows per device instead of {from}".format(**restart.sizes)
+            self._screen.line(f"attempt {number} goes on from {origin}{smaller}")
         self._say({"event": "attempt", "restore": None if restore is None else restore.id, "step": step})
+        cut, probe = self._batch.start(None if restore is None else restore.extra.get("batch"))
         plan = Plan(
             purpose="train",
             job=self._job,
             run_dir=self._folder.path,
             attempt=number,
             attempt_dir=folder,
-            geometry=self._cut,
+            geometry=cut,
+            probe=probe,
             fetched=sources,
             restore=None if restore is None else restore.folder,
             save_seconds=self._job.checkpoints.max_loss_seconds,
@@ -205,7 +216,7 @@ class _Run:
         )
         # What it published in its last moment, it did not live to tell.
         self._store.recover(self._folder.outbox)
-        return ended, self._store.newest != before
+        return plan, ended, self._store.newest != before
 
     def _on_event(self, event: Event) -> None:
         self._say(event)
@@ -228,14 +239,14 @@ class _Run:
             return
         self._say({"event": "commit", "id": sealed.id, "step": sealed.step, "leftover": False})
 
-    def _former_end(self) -> str | None:
+    def _former_end(self) -> Restart | None:
         """Why the last attempt of an earlier command did not finish; None if there was none."""
         last = result.add_up(events.read(self._folder.events)).last
         if last is None or not attempt.last_number(self._folder.attempts):
             return None
         if last["event"] == "attempt":
-            return "killed together with its supervisor"
-        return f"{last.get('outcome')}: {last.get('error')}"
+            return Restart("killed together with its supervisor")
+        return Restart(f"{last.get('outcome')}: {last.get('error')}")
 
     def _stopped(self, how: str) -> str:
         newest = self._store.newest

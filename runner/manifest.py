@@ -41,6 +41,9 @@ image may be called `image` or `images`; vqa's `group` is optional (ChartQA's hu
 PAIRS: tuple[str, ...] = ("preference", "preference_messages")
 """Formats whose rows are pairs of answers: what method dpo trains on, and nothing else reads."""
 
+SORTING: tuple[str, ...] = ("aot", "aot_unpaired")
+"""Values of DPOConfig.loss_type that sort the pairs of a micro-batch: another size of it is another loss."""
+
 NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 """A DNS-1123 label, because the name becomes the name of cluster objects."""
 
@@ -152,9 +155,20 @@ class Training(BaseModel):
         description="Samples per optimizer step over all devices. Accumulation is derived from it, so that "
         "the run means the same on any machine.",
     )
-    per_device_train_batch_size: Count = Field(
-        default=1, description="Samples per forward pass on one device; divides global_batch_size."
+    per_device_train_batch_size: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Samples per forward and backward on one device; divides global_batch_size. auto: before "
+        "step 1 the largest divisor that fits is found with the longest rows (without a GPU at most 8). A "
+        "number is a wish: whatever was asked for, running out of memory later restarts the run once from "
+        "its last checkpoint with the next smaller divisor, and says so. The global batch stays. With "
+        "loss_type aot or aot_unpaired it has to be a number and never shrinks, because it changes the loss.",
     )
+
+    @property
+    def sorts(self) -> bool:
+        """Whether the loss depends on how the global batch is cut (`SORTING`)."""
+        losses = self.options.get("loss_type")
+        return any(loss in SORTING for loss in (losses if isinstance(losses, list) else [losses]))
 
     @property
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -63,6 +63,8 @@ class Plan(BaseModel):
     attempt_dir: Path
     """`runs/<name>/attempts/<n>`: the plan, the trainer's log, its request and its outcome."""
     geometry: Geometry
+    probe: bool = False
+    """Whether `geometry` is only the largest cut that may be tried, and the trainer finds one that fits."""
     fetched: Fetched
     restore: Path | None = None
     """Verified checkpoint folder to go on from; null starts at step 0."""
@@ -75,32 +77,85 @@ class Plan(BaseModel):
     """A checkpoint is saved when this much training time has passed since the last one."""
 
 
-def geometry(job: Job, world: int = 1) -> Geometry:
+def batch_record(job: Job, cut: Geometry) -> dict[str, Any]:
+    """What a checkpoint keeps of the cut: the size, and what the job asked for when it came about."""
+    return {"per_device": cut.per_device, "asked": job.training.per_device_train_batch_size}
+
+
+def recorded_size(job: Job, record: Any) -> int | None:
+    """The per-device size of a checkpoint's `batch_record`, if it still answers what the job asks for.
+
+    job     checkpoint asked    answer
+    auto    auto                its size
+    8       8                   its size, 4 when 8 did not fit
+    2       8, auto             None: somebody wants another size now
+    any     no record           None
+    """
+    if isinstance(record, dict) and record.get("asked") == job.training.per_device_train_batch_size:
+        size = record.get("per_device")
+        return size if type(size) is int and size > 0 else None
+    return None
+
+
+def sizes(global_batch_size: int, world: int = 1) -> list[int]:
+    """The per-device sizes that cut a global batch evenly, largest first; none for too many processes.
+
+    global  world    sizes
+        12      1    12, 6, 4, 3, 2, 1
+        12      4    3, 1
+    """
+    return [
+        size for size in range(global_batch_size // world, 0, -1) if global_batch_size % (size * world) == 0
+    ]
+
+
+def smaller(cut: Geometry) -> Geometry | None:
+    """The same global batch with the next smaller per-device size; None below 1."""
+    below = [size for size in sizes(cut.global_batch_size, cut.world) if size < cut.per_device]
+    return recut(cut, below[0]) if below else None
+
+
+def recut(cut: Geometry, per_device: int) -> Geometry:
+    """The same global batch in micro-batches of another of its `sizes`."""
+    accumulation = cut.global_batch_size // (per_device * cut.world)
+    return cut.model_copy(update={"per_device": per_device, "accumulation": accumulation})
+
+
+def geometry(job: Job, world: int = 1, at_most: int | None = None) -> Geometry:
     """Cut the global batch.
 
-        global  per_device  world    accumulation
-             8           1      1               8
-             8           4      1               2
-             8           3      1         refused: 3 x 1 does not divide 8
-             8           4      4         refused: 4 x 4 does not divide 8
+        global  per_device  world  at_most   accumulation
+             8           1      1        -              8
+             8           4      1        -              2
+             8           4      1        3              4, with 2 per device
+             8        auto      1        -              1, with 8 per device
+             8        auto      2        3              2, with 2 per device
+             8           3      1        -        refused: 3 x 1 does not divide 8
+             8           4      4        -        refused: 4 x 4 does not divide 8
+
+    Args:
+        at_most: a per-device size that is known to fit, or one below a size that is known not to.
 
     Raises:
         JobError: `per_device_train_batch_size x world` does not divide `global_batch_size`.
     """
     total = job.training.global_batch_size
-    per_device = job.training.per_device_train_batch_size
+    usable = sizes(total, world)
+    asked = job.training.per_device_train_batch_size
+    per_device = asked if isinstance(asked, int) else (usable or [1])[0]
     if total % (per_device * world):
-        usable = [size for size in range(1, total // world + 1) if total % (size * world) == 0]
         raise JobError(
             [
                 Problem(
                     path="training.per_device_train_batch_size",
                     reason=f"{per_device} per device x {world} processes does not divide "
                     f"global_batch_size {total}",
-                    remedy=f"use one of {usable}" if usable else f"use at most {total} processes",
+                    remedy=f"use one of {usable[::-1]}" if usable else f"use at most {total} processes",
                 )
             ]
         )
+    if at_most is not None:
+        per_device = next(size for size in usable if size <= min(per_device, at_most))
     return Geometry(
         global_batch_size=total,
         per_device=per_device,

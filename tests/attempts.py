@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,9 @@ import datasets
 from runner.demo import resolve_dataset, resolve_model
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
+from runner.supervisor.attempt import TRAINER
+
+ROOT = Path(__file__).parents[1]
 
 JOB: dict[str, Any] = {
     "name": "test",
@@ -31,7 +34,12 @@ JOB: dict[str, Any] = {
             }
         ]
     },
-    "training": {"global_batch_size": 8, "num_train_epochs": 2, "learning_rate": 1e-3},
+    "training": {
+        "global_batch_size": 8,
+        "per_device_train_batch_size": 1,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-3,
+    },
 }
 """Sixteen charts, two epochs, four steps."""
 
@@ -69,8 +77,8 @@ def pairs(folder: Path) -> Path:
     return file
 
 
-def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One attempt in its own process: its outcome and its events. `folder` becomes `runs/<name>`.
+def planned(folder: Path, changes: dict[str, Any], **fields: Any) -> Plan:
+    """The plan of one attempt, and its folder. `folder` becomes `runs/<name>`.
 
     `changes` are laid over `JOB`, `fields` over the plan; `data` lies where the datasets are, else
     the charts do.
@@ -81,13 +89,14 @@ def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str,
     attempt_dir = folder / "attempts" / str(attempt)
     attempt_dir.mkdir(parents=True)
     (folder / "outbox").mkdir(exist_ok=True)
-    plan = Plan(
+    return Plan(
         purpose=fields.pop("purpose", "train"),
         job=job,
         run_dir=folder,
         attempt=attempt,
         attempt_dir=attempt_dir,
         geometry=geometry(job),
+        probe=job.training.per_device_train_batch_size == "auto",
         fetched=Fetched(
             model=str(resolve_model("demo:smolvlm-tiny")),
             train=[data] * len(job.datasets.train),
@@ -97,13 +106,21 @@ def run(folder: Path, changes: dict[str, Any], **fields: Any) -> tuple[dict[str,
         save_seconds=3600,
         **fields,
     )
+
+
+def run(
+    folder: Path, changes: dict[str, Any], trainer: Sequence[str] = TRAINER, **fields: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """One attempt in its own process, as `planned`: its outcome and its events."""
+    plan = planned(folder, changes, **fields)
+    attempt_dir = plan.attempt_dir
     file = attempt_dir / "plan.json"
     file.write_text(plan.model_dump_json())
     reader, writer = os.pipe()
     with (attempt_dir / "trainer.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runner.train", str(file)],
-            env={**os.environ, "RUNNER_EVENTS_FD": str(writer)},
+            [*trainer, str(file)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "RUNNER_EVENTS_FD": str(writer)},
             pass_fds=[writer],
             stdout=log,
             stderr=log,

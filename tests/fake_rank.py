@@ -5,10 +5,13 @@
 Its "training" is a chain of hashes, so that what it ends with says whether any step was lost or done twice.
 A fault happens at a place, in one attempt or in all:
 
-    at    load, step:N (in the middle of it), saving:N (half written), saved:N (published, not told),
-          told:N (committed, before anything else), evaluate, outcome (after it is written)
+    at    load, probe (trying the plan's size), step:N (in the middle of it), saving:N (half written),
+          saved:N (published, not told), told:N (committed, before anything else), evaluate, outcome (after
+          it is written)
     how   kill, exit, wait (until asked to stop), linger (until killed), orphan (kill the supervisor),
-          noise (on the events pipe), rot (flip a byte of the published checkpoint), crash:CODE (an outcome)
+          noise (on the events pipe), rot (flip a byte of the published checkpoint), crash:CODE (an outcome),
+          full (an outcome: out of memory), eat (memory, without end)
+    above only where the plan's per-device size is above this
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ class Rank:
 
     def at(self, place: str) -> None:
         for fault in self.faults:
-            if fault["at"] == place and fault.get("attempt", self.plan["attempt"]) == self.plan["attempt"]:
+            here = fault["at"] == place and fault.get("attempt", self.plan["attempt"]) == self.plan["attempt"]
+            if here and self.plan["geometry"]["per_device"] > fault.get("above", 0):
                 self.break_down(fault["how"], place)
 
     def break_down(self, how: str, place: str) -> None:
@@ -85,6 +89,12 @@ class Rank:
                 / "state.json"
             )
             path.write_bytes(path.read_bytes()[:-1] + b"~")
+        elif how == "full":
+            self.end("out_of_memory", 1, error="it does not fit")
+        elif how == "eat":
+            eaten = []
+            while True:
+                eaten.append(b"x" * (1 << 24))
         else:
             code = int(how.partition(":")[2])
             self.end("failed", code, error=f"row 3 of data is bad, says {code}")
@@ -101,7 +111,12 @@ class Rank:
         self.send("phase", phase="load")
         self.at("load")
         self.send("audit", lines=["[answer] carries loss"])
-        self.send("plan", rows=self.steps * ROWS, steps=self.steps, restored_step=self.done)
+        cut = self.plan["geometry"]
+        if self.plan["probe"]:
+            self.send("phase", phase="probe")
+            self.send("probe", per_device=cut["per_device"])
+            self.at("probe")
+        self.send("plan", rows=self.steps * ROWS, steps=self.steps, restored_step=self.done, geometry=cut)
         self.send("evaluation", when="before", step=0, metrics=_metrics(0.25))
         self.send("phase", phase="train")
         while self.done < self.steps:
@@ -138,7 +153,9 @@ class Rank:
         saving.mkdir()
         (saving / "state.json").write_text(json.dumps({"step": self.done, "value": self.value}))
         self.at(f"saving:{self.done}")
-        seal(saving, id=name, step=self.done, parent=self.parent, extra={})
+        asked = self.plan["job"]["training"]["per_device_train_batch_size"]
+        record = {"per_device": self.plan["geometry"]["per_device"], "asked": asked}
+        seal(saving, id=name, step=self.done, parent=self.parent, extra={"batch": record})
         path = publish(saving, self.run / "outbox", name)
         self.parent = name
         self.at(f"saved:{self.done}")

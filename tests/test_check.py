@@ -129,7 +129,6 @@ def test_misspelt_keys(path: str, right: tuple[str, ...]) -> None:
         ("kubernetes", {}),
         ("checkpoints.uri", "s3://bucket/prefix"),
         ("checkpoints.allow_unfenced", True),
-        ("training.per_device_train_batch_size", "auto"),
         ("launch.strategy", "zero3"),
         ("launch.nodes", 2),
         ("launch.gpus_per_node", 8),

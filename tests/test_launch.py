@@ -508,7 +508,7 @@ def test_keys_that_define_nothing_may_change(bench: Bench, undisturbed: str) -> 
     )
     code, output = bench.train(overrides=changed)
     assert code == 0, output
-    assert "changed since the run began: training.per_device_train_batch_size: 1 -> 2" in output
+    assert 'changed since the run began: training.per_device_train_batch_size: "auto" -> 2' in output
     assert "logging_steps" not in output
     assert bench.weights() == undisturbed
 

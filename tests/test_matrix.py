@@ -10,6 +10,7 @@ from runner.job.check import check
 from tests.small_job import SMALL
 
 BITS = {"load_in_4bit": True}
+PAIRS = {"method": "dpo", "datasets": {"train": [{"path": "demo:charts", "format": "preference"}]}}
 EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
 
 PAIRS = [{"path": "demo:preferences", "format": "preference"}]
@@ -44,6 +45,14 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers"}}, ("lora", "layers_pattern")),
     (
         {"training": {"global_batch_size": 8, "per_device_train_batch_size": 3}},
+        ("training", "per_device_train_batch_size"),
+    ),
+    ({**PAIRS, "training": {"loss_type": "aot"}}, ("training", "per_device_train_batch_size")),
+    (
+        {
+            **PAIRS,
+            "training": {"loss_type": ["sft", "aot_unpaired"], "per_device_train_batch_size": "auto"},
+        },
         ("training", "per_device_train_batch_size"),
     ),
     ({"training": {"eval_strategy": "steps"}}, ("training", "eval_strategy")),
@@ -86,6 +95,8 @@ NEIGHBOURS: list[dict[str, Any]] = [
         }
     },
     {"training": {"logging_steps": 0.1, "eval_steps": 2.0}},
+    {**PAIRS, "training": {"loss_type": "aot", "per_device_train_batch_size": 4}},
+    {**PAIRS, "training": {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": "auto"}},
 ]
 """One step beside the rows: upstream can do these."""
 

@@ -6,13 +6,21 @@ import pytest
 
 from runner.errors import JobError
 from runner.manifest import Job
-from runner.plan import geometry, steps_per_epoch, total_steps
+from runner.plan import (
+    batch_record,
+    geometry,
+    recorded_size,
+    sizes,
+    smaller,
+    steps_per_epoch,
+    total_steps,
+)
 from tests.attempts import JOB, merged
 
 
-def job(total: int, per_device: int) -> Job:
-    sizes = {"global_batch_size": total, "per_device_train_batch_size": per_device}
-    return Job.model_validate(merged(JOB, {"training": sizes}))
+def job(total: int, per_device: int | str) -> Job:
+    batch = {"global_batch_size": total, "per_device_train_batch_size": per_device}
+    return Job.model_validate(merged(JOB, {"training": batch}))
 
 
 @pytest.mark.parametrize(
@@ -22,6 +30,59 @@ def test_a_global_batch_is_cut(total: int, per_device: int, world: int, accumula
     cut = geometry(job(total, per_device), world)
     assert cut.accumulation == accumulation
     assert cut.per_device * cut.accumulation * cut.world == total
+
+
+@pytest.mark.parametrize(
+    ("total", "asked", "world", "at_most", "per_device"),
+    [(8, 4, 1, 3, 2), (8, 4, 1, 8, 4), (8, "auto", 1, None, 8), (8, "auto", 2, 3, 2), (12, "auto", 1, 5, 4)],
+)
+def test_a_size_is_the_largest_that_may_be(
+    total: int, asked: int | str, world: int, at_most: int | None, per_device: int
+) -> None:
+    cut = geometry(job(total, asked), world, at_most)
+    assert cut.per_device == per_device
+    assert cut.per_device * cut.accumulation * cut.world == total
+
+
+def test_more_processes_than_samples_are_refused_for_auto_too() -> None:
+    with pytest.raises(JobError, match="use at most 8 processes"):
+        geometry(job(8, "auto"), world=16)
+
+
+def test_sizes_go_down_through_all_that_cut_the_batch() -> None:
+    assert sizes(12) == [12, 6, 4, 3, 2, 1]
+    assert sizes(12, world=4) == [3, 1]
+    assert sizes(2, world=4) == []
+    cut = geometry(job(12, "auto"))
+    seen = []
+    while cut is not None:
+        seen.append(cut.per_device)
+        assert cut.per_device * cut.accumulation == 12
+        cut = smaller(cut)
+    assert seen == sizes(12)
+
+
+@pytest.mark.parametrize(
+    ("asked", "record", "size"),
+    [
+        ("auto", {"per_device": 4, "asked": "auto"}, 4),
+        (8, {"per_device": 4, "asked": 8}, 4),
+        (2, {"per_device": 8, "asked": 8}, None),
+        (2, {"per_device": 8, "asked": "auto"}, None),
+        ("auto", None, None),
+        ("auto", {"asked": "auto"}, None),
+        ("auto", {"per_device": True, "asked": "auto"}, None),
+    ],
+)
+def test_a_recorded_size_holds_while_the_same_is_asked(
+    asked: int | str, record: object, size: int | None
+) -> None:
+    assert recorded_size(job(8, asked), record) == size
+
+
+def test_a_record_is_read_as_it_is_written() -> None:
+    wanted = job(8, "auto")
+    assert recorded_size(wanted, batch_record(wanted, geometry(wanted, at_most=4))) == 4
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 from transformers import Trainer
-from trl import SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
 from runner.train.trainer import RunTrainer
 
@@ -44,6 +44,20 @@ def test_the_loop_records_before_it_saves() -> None:
     assert source.index("on_step_end") < source.index("self._maybe_log_save_evaluate(")
     assert "learning_rate=learning_rate" in source
     assert "self._save_checkpoint(" in inspect.getsource(Trainer._maybe_log_save_evaluate)
+
+
+def test_the_probe_can_prepare_and_count_as_the_loop_does() -> None:
+    prepare = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
+    assert list(inspect.signature(Trainer._prepare_for_training).parameters) == prepare
+    count = ["self", "batch_samples", "device"]
+    assert list(inspect.signature(Trainer._get_num_items_in_batch).parameters) == count
+    # What the loop makes anew when it is gone, and what holds the size.
+    assert "if self.optimizer is None" in inspect.getsource(Trainer.create_optimizer)
+    assert "self._created_lr_scheduler = False" in inspect.getsource(Trainer._prepare_for_training)
+    assert "batch_size=self._train_batch_size" in inspect.getsource(Trainer.get_train_dataloader)
+    for trainer in (SFTTrainer, DPOTrainer):
+        source = inspect.getsource(trainer)
+        assert "self._metrics = {" in source and "self._total_train_tokens = 0" in source
 
 
 def test_every_override_is_listed_here() -> None:

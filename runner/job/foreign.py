@@ -186,7 +186,6 @@ RESERVED: frozenset[str] = frozenset(
 """Keys that a later version reads."""
 
 RESERVED_VALUES: dict[str, tuple[object, ...]] = {
-    "training.per_device_train_batch_size": ("auto",),
     "launch.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
 }
 """Values that a later version accepts."""

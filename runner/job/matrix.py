@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from runner.job.shape import Finding, show
-from runner.manifest import FORMATS, PAIRS
+from runner.manifest import FORMATS, PAIRS, SORTING
 
 Section = dict[str, Any]
 
@@ -54,6 +54,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         layers_pattern                                 x no layers_to_transform   PEFT raises
     training
         global_batch_size not a multiple of per_device_train_batch_size   no accumulation gives it
+        per_device_train_batch_size: auto              x loss_type: aot, aot_unpaired   sorts a micro-batch
         eval_strategy, eval_on_start, evaluation       x no datasets.eval
         lr_scheduler_type: reduce_lr_on_plateau, greedy   x eval_strategy: no   TrainingArguments raises
         lr_scheduler_type: cosine_*with_min_lr         x no min_lr   raises when the schedule is made
@@ -196,11 +197,17 @@ def _initial(lora: Section, *, is_quantized: bool) -> Iterator[Finding]:
 
 
 def _batch(training: Section) -> Iterator[Finding]:
-    total, per_device = training.get("global_batch_size", 8), training.get("per_device_train_batch_size", 1)
+    total = training.get("global_batch_size", 8)
+    per_device = training.get("per_device_train_batch_size", "auto")
     if _is_count(total) and _is_count(per_device) and total % per_device:
         reason = f"{per_device} per device does not divide global_batch_size {total}"
         usable = [size for size in range(min(total, per_device), 0, -1) if total % size == 0][:1]
         remedy = f"use {usable[0]}, or another divisor" if usable else "use a divisor"
+        yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
+    sorting = next((loss for loss in _texts(training.get("loss_type")) if loss in SORTING), None)
+    if per_device == "auto" and sorting is not None:
+        reason = f"loss_type {sorting} sorts the pairs of a micro-batch, so its size is part of the loss"
+        remedy = "write the number of pairs that shall be sorted together"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from runner.durable import disk, write_json, write_text
+from runner.errors import OutOfMemory
 from runner.events import Event
 from runner.plan import Plan
+from runner.supervisor import cgroup
 from runner.supervisor.progress import printable
 from runner.supervisor.ranks import Exit, Notices, watch
 from runner.supervisor.verdict import Crash, Outcome
@@ -32,6 +35,9 @@ _LOG_TAIL = 1 << 16
 _LONGEST_LINE = 300
 """Characters of it that are shown."""
 
+_WITH_BATCH = ("probe", "train", "save")
+"""Phases in which a micro-batch is or was just in memory."""
+
 _ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Exit|Interrupt|Killed|fault)\b")
 
 
@@ -44,6 +50,10 @@ class Seen:
     """The optimizer step at work while in training, from 1; None when the last one is done."""
     rows: tuple[int, ...] = ()
     """Rows of that step, if they were said."""
+    per_device: int | None = None
+    """The per-device size at work, tried or found; None before any."""
+    fits: bool = False
+    """Whether that size is what training runs with."""
 
     def note(self, event: Event) -> None:
         """Take one event."""
@@ -53,11 +63,18 @@ class Seen:
             case "plan":
                 restored = event.get("restored_step")
                 self.step = restored + 1 if isinstance(restored, int) else None
+                self._note_size(event.get("geometry"))
+            case "probe":
+                self.per_device = event["per_device"]
             case "begin":
                 self.step, self.rows = event["step"], tuple(event["ids"])
             case "step":
                 done = event["step"] >= event["steps"]
                 self.step, self.rows = None if done else event["step"] + 1, ()
+
+    def _note_size(self, cut: object) -> None:
+        if isinstance(cut, dict) and isinstance(cut.get("per_device"), int):
+            self.per_device, self.fits = cut["per_device"], True
 
     @property
     def place(self) -> str:
@@ -79,12 +96,31 @@ class Ended:
     """None: it crashed."""
     seen: Seen
     log: Path
+    killed_for_memory: bool = False
+    """By the kernel's own count (`runner.supervisor.cgroup`)."""
+
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether a micro-batch did not fit.
+
+        outcome         killed for memory    phase                 answer
+        out_of_memory   -                    -                     yes
+        any other       -                    -                     no
+        none            yes                  probe, train, save    yes
+        none            yes                  any other             no: no smaller micro-batch would help
+        none            no                   -                     no: it crashed
+        """
+        if self.outcome is not None:
+            return self.outcome.outcome == OutOfMemory.outcome
+        return self.killed_for_memory and self.seen.phase in _WITH_BATCH
 
     @property
     def reason(self) -> str:
         """Why it did not finish, in one line."""
         if self.outcome is not None:
             return self.outcome.error or str(self.exit)
+        if self.killed_for_memory:
+            return "SIGKILL by the kernel: its control group is out of memory"
         line = last_error(self.log)
         # The log of a process that was killed ends with something else.
         return f"{self.exit}: {line}" if line and self.exit.returncode > 0 else str(self.exit)
@@ -177,6 +213,7 @@ def run(
         seen.note(event)
         on_event(event)
 
+    kills = cgroup.kills()
     exit = watch(
         [*trainer, str(file)],
         environ=environ,
@@ -186,7 +223,9 @@ def run(
         on_notice=ask_to_stop,
         on_tick=on_tick,
     )
-    return Ended(exit, _outcome(folder / "outcome.json"), seen, log)
+    unasked = exit.returncode == -signal.SIGKILL and not exit.killed_by_us
+    for_memory = unasked and kills is not None and (cgroup.kills() or 0) > kills
+    return Ended(exit, _outcome(folder / "outcome.json"), seen, log, for_memory)
 
 
 def last_error(log: Path) -> str:

@@ -7,6 +7,7 @@ Everything in a job defines the run, but for two groups of keys:
     may change, bits may differ         launch, training.per_device_train_batch_size, evaluation.batch_size,
     (samples and global batch do not)   training.dataloader_* (`SAID`): announced
 
+Where the loss sorts a micro-batch (`runner.manifest.SORTING`), the per-device size defines the run, too.
 The rest of `evaluation` defines, because "before" and "after" must mean the same. Commits of hub repositories
 are kept, so that a branch that moves does not move a run; local files are compared by fingerprint.
 """
@@ -39,9 +40,10 @@ FREE = (
     "training.run_name",
     "training.disable_tqdm",
 )
+PER_DEVICE = "training.per_device_train_batch_size"
 SAID = (
     "launch.*",
-    "training.per_device_train_batch_size",
+    PER_DEVICE,
     "training.dataloader_*",
     "evaluation.batch_size",
 )
@@ -131,14 +133,15 @@ def check_job(stored: Identity, job: Job, run_dir: Path, sections: Iterable[str]
     shown = {
         name: f"{name}: {_say(old.get(name, ABSENT))} -> {_say(new.get(name, ABSENT))}" for name in changed
     }
-    defining = [name for name in changed if not _matches(name, SAID) and _matches(name, sections)]
+    said = [name for name in SAID if not (name == PER_DEVICE and job.training.sorts)]
+    defining = [name for name in changed if not _matches(name, said) and _matches(name, sections)]
     if defining:
         lines = [shown[name] for name in defining[:_SHOWN]]
         if len(defining) > _SHOWN:
             lines.append(f"and {len(defining) - _SHOWN} more")
         reason = f"{run_dir} belongs to another job of this name:\n      " + "\n      ".join(lines)
         raise JobError([Problem("name", reason, _remedy(job, run_dir))])
-    return [f"changed since the run began: {shown[name]}" for name in changed if _matches(name, SAID)]
+    return [f"changed since the run began: {shown[name]}" for name in changed if _matches(name, said)]
 
 
 def check_sources(stored: Identity, fingerprints: Mapping[str, str], job: Job, run_dir: Path) -> None:

@@ -24,6 +24,7 @@ PHASES = {
     "load": "loading the model",
     "data": "preparing the data",
     "evaluate_before": "evaluating before training",
+    "probe": "finding a batch size that fits",
     "train": "training",
     "save": "saving",
     "evaluate": "evaluating",
@@ -80,7 +81,13 @@ class Screen:
                 self._on_phase(str(event["phase"]))
             case "plan":
                 rows, steps = event.get("rows", "?"), event.get("steps", "?")
-                self.line(f"{rows} rows, {steps} steps")
+                cut = event.get("geometry")
+                shape = (
+                    f" of {cut.get('per_device')} x {cut.get('accumulation')} rows"
+                    if isinstance(cut, dict)
+                    else ""
+                )
+                self.line(f"{rows} rows, {steps} steps{shape}")
             case "audit":
                 for line in event.get("lines", []):
                     self.line(str(line))

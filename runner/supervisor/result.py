@@ -5,7 +5,8 @@
     steps         optimizer steps that are kept                        public
     attempts      trainers that were started                           public
     metrics       {"before": ..., "after": ...}, null if unknown       public
-    restarts      [{"attempt", "reason", "step"}], step = restored from
+    restarts      [{"attempt", "reason", "step", "per_device"}], step = restored from,
+                  per_device = {"from", "to"} after an out of memory, else null
     error         the message, null when done
     adapter       folder of what was trained, null before it is there
     checkpoint    id of the newest committed checkpoint
@@ -71,7 +72,9 @@ def add_up(events: Iterable[Event]) -> Record:
             start, _ = spans.get(attempt, (now, now))
             spans[attempt] = (start, now)
         if event["event"] == "restart":
-            record.restarts.append({key: event.get(key) for key in ("attempt", "reason", "step")})
+            record.restarts.append(
+                {key: event.get(key) for key in ("attempt", "reason", "step", "per_device")}
+            )
         elif event["event"] == "evaluation" and event.get("when") in record.metrics:
             record.metrics[event["when"]] = event.get("metrics")
         if event["event"] in ("attempt", "end"):

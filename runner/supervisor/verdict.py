@@ -1,6 +1,7 @@
 """What follows when a trainer has ended: done, another attempt, or the end of the run. Pure.
 
-The trainer's `outcome.json` decides, not its exit code; a trainer that left none has crashed.
+The trainer's `outcome.json` decides, not its exit code; a trainer that left none has crashed, or was killed
+for the memory that it used (`runner.supervisor.cgroup`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from runner.errors import (
     RunnerError,
     StorageError,
 )
+from runner.manifest import Job
+from runner.plan import Geometry, smaller
 
 RESTARTS_WITHOUT_PROGRESS = 5
 
@@ -63,6 +66,8 @@ class Restart:
     """Go on from the newest checkpoint."""
 
     reason: str
+    sizes: dict[str, int] | None = None
+    """After an out of memory the per-device size, `{"from": 8, "to": 4}`."""
 
 
 @dataclass
@@ -117,6 +122,62 @@ class History:
         return Restart(crash.reason)
 
 
+def smaller_batch(job: Job, cut: Geometry, place: str, reason: str) -> Geometry:
+    """What follows when a micro-batch did not fit: the next smaller one, from the newest checkpoint.
+
+        loss                   per_device    answer
+        any but aot*           above 1       the next smaller size that cuts the same global batch
+        any but aot*           1             RunnerError 1, with what to change
+        aot, aot_unpaired      any           RunnerError 1: another size would be another loss
+
+    No such restart counts as one without progress: each makes the size smaller, so that they end.
+
+    Args:
+        place: where the trainer was, `in step 7`.
+        reason: how it ended.
+    """
+    levers = "; ".join(memory_levers(job))
+    if job.training.sorts:
+        raise RunnerError(
+            f"{place}: {cut.per_device} pairs do not fit the memory ({reason}), and fewer at once would be "
+            f"another loss, because {job.training.options['loss_type']} sorts them. Remedy, the largest "
+            f"lever first: {levers}; or another name with a smaller training.per_device_train_batch_size"
+        )
+    less = smaller(cut)
+    if less is None:
+        raise RunnerError(
+            f"{place}: a micro-batch of a single row does not fit the memory ({reason}). Remedy, the largest "
+            f"lever first: {levers}"
+        )
+    return less
+
+
+def memory_levers(job: Job) -> list[str]:
+    """What of a job can be changed so that one row fits, the largest saving first, without what is in force.
+
+    The order is that of the usual sizes: weights with their gradients and moments, then weights, then
+    activations, then what is left.
+    """
+    quantization = job.quantization or {}
+    rungs = [
+        (job.lora is None, "a lora section: full fine-tuning needs gradients and moments for every weight"),
+        (job.model.dtype == "float32", "model.dtype: bfloat16"),
+        (job.lora is not None and not quantization.get("load_in_4bit"), "quantization: {load_in_4bit: true}"),
+        (
+            job.training.options.get("gradient_checkpointing") is False,
+            "training.gradient_checkpointing: true",
+        ),
+        (True, "smaller images through model.processor (for Idefics3: size: {longest_edge: ...})"),
+        (True, "datasets.max_length with datasets.on_overflow: drop or resize"),
+        (
+            bool(set(job.model.freeze) ^ {"vision_tower", "projector"}),
+            "model.freeze: [vision_tower, projector]",
+        ),
+        (True, "a device with more memory"),
+    ]
+    return [lever for is_open, lever in rungs if is_open]
+
+
 def _rows(crash: Crash) -> str:
     if not crash.rows:
         return "its rows are not known, because the trainer ended before it named them"
@@ -126,12 +187,13 @@ def _rows(crash: Crash) -> str:
 def final_error(outcome: Outcome) -> RunnerError | None:
     """The exception of an outcome that ends the run whatever else happened; None if it may go on, or is done.
 
-    outcome     exit_code          answer
-    done        0                  None
-    preempted   75                 Preempted
-    failed      65, 74, 77, 93     DataError, StorageError, AccessDenied, NoProgress
-    failed      78                 JobError
-    failed      1, any other       None: it counts as a crash
+    outcome         exit_code          answer
+    done            0                  None
+    preempted       75                 Preempted
+    failed          65, 74, 77, 93     DataError, StorageError, AccessDenied, NoProgress
+    failed          78                 JobError
+    failed          1, any other       None: it counts as a crash
+    out_of_memory   1                  None: `smaller_batch` decides
     """
     message = outcome.error or f"the trainer ended as {outcome.outcome} and said no reason"
     if outcome.outcome == Preempted.outcome:

@@ -27,6 +27,7 @@ from runner.train import model as models
 from runner.train.channel import Channel
 from runner.train.data import Rows
 from runner.train.evaluate import Evaluation, Reference, evaluate
+from runner.train.memory import memory_named
 
 BEFORE = "before"
 PREDICTIONS = "{}.predictions.jsonl"
@@ -80,13 +81,10 @@ class Evaluator:
         if plan.job.evaluation is None or rows is None:
             return None
         self._channel.send("phase", phase=phase)
-        try:
+        size = plan.job.evaluation.batch_size
+        message = f"{phase.replace('_', ' ')}: out of memory. Remedy: an evaluation.batch_size below {size}"
+        with memory_named(RunnerError, message):
             result = self._generated(rows, plan.job.evaluation, phase, self._reference(label))
-        except torch.OutOfMemoryError as error:
-            raise RunnerError(
-                f"{phase.replace('_', ' ')}: out of memory. Remedy: an evaluation.batch_size below "
-                f"{plan.job.evaluation.batch_size}. The device said: {str(error).splitlines()[0]}"
-            ) from error
         if result is None:
             raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
         self._write(label, result)

@@ -21,9 +21,9 @@ from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, SFTConfig
 
 from runner.durable import write_text
-from runner.errors import Preempted, RunnerError
+from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import adapter, methods, state
+from runner.train import adapter, methods, probe, state
 from runner.train import model as models
 from runner.train.audit import audit
 from runner.train.callbacks import SaveAndStop
@@ -32,13 +32,12 @@ from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions
+from runner.train.memory import memory_named
 from runner.train.trainer import RunTrainer
 
 OUT_OF_MEMORY = (
-    "out of memory: the batch does not fit the device. Remedy, the largest lever first: "
-    "training.per_device_train_batch_size: 1 (the global batch stays), "
-    "training.gradient_checkpointing: true, "
-    "a smaller model.processor.size, quantization.load_in_4bit: true"
+    "out of memory before or after training: the model does not fit the device. Remedy, the largest lever "
+    "first: quantization.load_in_4bit: true, model.dtype: bfloat16, a device with more memory"
 )
 
 
@@ -63,7 +62,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     _stop_here(channel, "before training")
     arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
-    try:
+    with memory_named(RunnerError, OUT_OF_MEMORY):
         base = models.load_base(plan.job, plan.fetched.model)
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
         before = None
@@ -77,6 +76,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         if start is not None:
             before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
+        plan = _sized(plan, channel, trainer, prepared)
         channel.send("plan", **_numbers(plan, prepared, trainer))
         control = _fit(plan, channel, trainer)
         if control.stopped:
@@ -86,8 +86,6 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         exported = _export(plan, channel, model, prepared.processor)
         _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
         after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
-    except torch.OutOfMemoryError as error:
-        raise RunnerError(f"{OUT_OF_MEMORY}. The device said: {str(error).splitlines()[0]}") from error
     return {
         "step": trainer.args.max_steps,
         "steps": trainer.args.max_steps,
@@ -207,16 +205,27 @@ def _trainer(
     return trainer
 
 
+def _sized(plan: Plan, channel: Channel, trainer: RunTrainer, prepared: Prepared) -> Plan:
+    """The plan with the largest micro-batch that fits, where the job leaves it to the runner."""
+    rows = prepared.train_rows
+    if not plan.probe or rows is None:
+        return plan
+    cut = probe.fitting(trainer, trainer.data_collator, rows, plan.geometry, channel)
+    trainer.recut(cut)
+    return plan.model_copy(update={"geometry": cut})
+
+
 def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
     """Train from the plan's checkpoint to the last step, or only load a checkpoint that is already there."""
     channel.send("phase", phase="train")
-    if plan.restore is None:
-        trainer.train()
-    elif trainer.steps[-1].step >= trainer.args.max_steps:
-        # transformers would train one step more from such a checkpoint.
-        trainer._load_from_checkpoint(str(plan.restore))
-    else:
-        trainer.train(resume_from_checkpoint=str(plan.restore))
+    with memory_named(OutOfMemory, f"{plan.geometry.per_device} rows do not fit at once"):
+        if plan.restore is None:
+            trainer.train()
+        elif trainer.steps[-1].step >= trainer.args.max_steps:
+            # transformers would train one step more from such a checkpoint.
+            trainer._load_from_checkpoint(str(plan.restore))
+        else:
+            trainer.train(resume_from_checkpoint=str(plan.restore))
     return trainer.control_callback
 
 

@@ -21,12 +21,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint.files import publish, seal
 from runner.errors import DataError, RunnerError
-from runner.plan import Plan
+from runner.plan import Geometry, Plan, batch_record
 from runner.train import rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data import Rows
 from runner.train.facts import peak_memory
+from runner.train.memory import memory_named
 from runner.train.model import float32_trainable
 from runner.train.sampler import GlobalBatchSampler
 
@@ -67,6 +68,12 @@ class RunTrainer(Trainer):
         self._micro: list[tuple[torch.Tensor, int, int, list[int]]] = []
         self._began = time.monotonic()
         float32_trainable(self.model)
+
+    def recut(self, cut: Geometry) -> None:
+        """Train in micro-batches of another size; only before `train`."""
+        self._plan = self._plan.model_copy(update={"geometry": cut})
+        self.args.per_device_train_batch_size = self._train_batch_size = cut.per_device
+        self.args.gradient_accumulation_steps = cut.accumulation
 
     # --- the order of rows ---
 
@@ -160,7 +167,10 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Upstream's evaluation of the loss, without drawing from the training generators."""
-        with rng.preserved():
+        size = self.args.per_device_eval_batch_size
+        remedy = f"a training.per_device_eval_batch_size below {size}"
+        message = f"evaluation of the loss: out of memory. Remedy: {remedy}"
+        with rng.preserved(), memory_named(RunnerError, message):
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         told = {name: metrics[name] for name in EVALUATION if name in metrics}
         self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=told)
@@ -189,7 +199,8 @@ class RunTrainer(Trainer):
         )
         self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
         name = f"{done:08d}-{self._plan.attempt:04d}"
-        seal(saving, id=name, step=done, parent=self._parent, extra={})
+        extra = {"batch": batch_record(self._plan.job, self._plan.geometry)}
+        seal(saving, id=name, step=done, parent=self._parent, extra=extra)
         path = publish(saving, self._plan.run_dir / "outbox", name)
         self._parent = name
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
