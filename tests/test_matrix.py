@@ -10,7 +10,6 @@ from runner.job.check import check
 from tests.small_job import SMALL
 
 BITS = {"load_in_4bit": True}
-PAIRS = {"method": "dpo", "datasets": {"train": [{"path": "demo:charts", "format": "preference"}]}}
 EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
 
 PAIRS = [{"path": "demo:preferences", "format": "preference"}]
@@ -47,10 +46,10 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         {"training": {"global_batch_size": 8, "per_device_train_batch_size": 3}},
         ("training", "per_device_train_batch_size"),
     ),
-    ({**PAIRS, "training": {"loss_type": "aot"}}, ("training", "per_device_train_batch_size")),
+    ({**DPO, "training": {"loss_type": "aot"}}, ("training", "per_device_train_batch_size")),
     (
         {
-            **PAIRS,
+            **DPO,
             "training": {"loss_type": ["sft", "aot_unpaired"], "per_device_train_batch_size": "auto"},
         },
         ("training", "per_device_train_batch_size"),
@@ -95,8 +94,8 @@ NEIGHBOURS: list[dict[str, Any]] = [
         }
     },
     {"training": {"logging_steps": 0.1, "eval_steps": 2.0}},
-    {**PAIRS, "training": {"loss_type": "aot", "per_device_train_batch_size": 4}},
-    {**PAIRS, "training": {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": "auto"}},
+    {**DPO, "training": {"loss_type": "aot", "per_device_train_batch_size": 4}},
+    {**DPO, "training": {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": "auto"}},
 ]
 """One step beside the rows: upstream can do these."""
 
