@@ -75,7 +75,7 @@ def everything(trainer: RunTrainer) -> dict[str, Any]:
         "tokens": trainer._total_train_tokens,
         "optimizer": trainer.optimizer,
         "scheduler": trainer.lr_scheduler,
-        "state": trainer.state.to_json_string() if hasattr(trainer.state, "to_json_string") else None,
+        "state": dict(vars(trainer.state)),
         "micro": list(trainer._micro),
         "arguments": trainer.args.to_json_string(),
     }
@@ -311,9 +311,9 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_began_with_what_fits(
         (3, 6, {"from": 4, "to": 2}),
         (4, 6, {"from": 2, "to": 1}),
     ]
-    places = ("in step 1: 8 rows", "in step 7: 4 rows", "in step 7: 2 rows")
-    for one, place in zip(result["restarts"], places, strict=True):
-        assert one["reason"].startswith(f"out of memory {place} do not fit at once")
+    places = (("in step 1", 8), ("in step 7", 4), ("in step 7", 2))
+    for one, (place, size) in zip(result["restarts"], places, strict=True):
+        assert one["reason"].startswith(f"out of memory {place}: a micro-batch of {size} does not fit")
 
     fitting = merged({"training": training}, {"training": {"per_device_train_batch_size": 1}})
     run(tmp_path / "fitting", fitting)

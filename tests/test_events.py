@@ -110,7 +110,7 @@ def test_record_adds_up_attempts_and_survives_a_clock_set_back() -> None:
         ]
     )
     assert record.seconds == 5.5
-    assert record.restarts == [{"attempt": 2, "reason": "SIGKILL", "step": 4}]
+    assert record.restarts == [{"attempt": 2, "reason": "SIGKILL", "step": 4, "per_device": None}]
     assert record.metrics == {"before": {"m": 1}, "after": None}
     assert record.last is not None
     assert record.last["attempt"] == 3

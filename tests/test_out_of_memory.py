@@ -7,8 +7,11 @@ lets a control group be made, the kernel itself does the killing.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +27,7 @@ from runner.supervisor.attempt import Ended, Seen
 from runner.supervisor.ranks import Exit
 from runner.supervisor.verdict import Outcome, memory_levers, smaller_batch
 from tests.small_job import SMALL
-from tests.test_launch import Bench, at
+from tests.test_launch import RANK, SCRIPT, Bench, at
 
 PER_DEVICE = "training.per_device_train_batch_size"
 PAIRS = {"datasets": {"train": [{"path": "demo:charts", "format": "preference"}]}, "method": "dpo"}
@@ -146,14 +149,34 @@ def control_group(limit: int) -> Iterator[Path]:
         folder.rmdir()
 
 
+SUPERVISOR = """
+import json, os, sys
+from pathlib import Path
+group, job, runs, trainer = sys.argv[1:]
+Path(group, "cgroup.procs").write_text(str(os.getpid()))
+from runner import launch
+from runner.settings import resolve
+sys.exit(launch.train(resolve(job, [], {}), Path(runs), trainer=json.loads(trainer)))
+"""
+"""A process of its own: the kernel kills the largest, and a fork of pytest holds all that pytest holds."""
+
+
 @pytest.mark.parametrize("place", ["probe", "step:4"])
 def test_a_kill_by_the_control_group_is_out_of_memory(bench: Bench, undisturbed: str, place: str) -> None:
     fault = {**at(place, "eat", attempt=None), "above": 2}
+    script = {**SCRIPT, "faults": [fault]}
+    job = bench.path / "job.yaml"
+    job.write_text(json.dumps(bench.job))
     with control_group(192 << 20) as group:
-        code, output = bench.start(
-            fault, before=lambda: (group / "cgroup.procs").write_text(str(os.getpid()))
-        ).finish()
-    assert code == 0, output
+        arguments = [group, job, bench.runs, json.dumps([sys.executable, str(RANK), json.dumps(script)])]
+        done = subprocess.run(
+            [sys.executable, "-c", SUPERVISOR, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": str(RANK.parents[1])},
+            cwd=bench.path,
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
     assert bench.weights() == undisturbed
     probed = place == "probe"
     assert sizes(bench) == [(8, True), (4, probed), (2, probed)]

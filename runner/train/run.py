@@ -218,7 +218,7 @@ def _sized(plan: Plan, channel: Channel, trainer: RunTrainer, prepared: Prepared
 def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
     """Train from the plan's checkpoint to the last step, or only load a checkpoint that is already there."""
     channel.send("phase", phase="train")
-    with memory_named(OutOfMemory, f"{plan.geometry.per_device} rows do not fit at once"):
+    with memory_named(OutOfMemory, f"a micro-batch of {plan.geometry.per_device} does not fit"):
         if plan.restore is None:
             trainer.train()
         elif trainer.steps[-1].step >= trainer.args.max_steps:
