@@ -31,7 +31,7 @@ validate: has-job .venv/.installed ## Check a job without running it: make valid
 	@exec $(BIN)/runner validate $(if $(JOB),"$(JOB)") $(SET)
 
 test: check .venv/torchvision-cpu ## Run check and every test: make test ARGS="-k manifest"
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
 
 check: .venv/.installed ## Lint, check the format and the types
 	@$(BIN)/ruff check

@@ -54,8 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # The same sums on every machine: float addition depends on how many threads share it.
-        "OMP_NUM_THREADS": "2",
+        # The same sums on every machine: float addition depends on how many threads share it. One, because
+        # `make test` runs as many files at once as there are cores.
+        "OMP_NUM_THREADS": "1",
         # As the supervisor sets it for trainers: no spinning where other work needs the core.
         "OMP_WAIT_POLICY": "PASSIVE",
         "HTTP_PROXY": CLOSED_PORT,
@@ -67,6 +68,27 @@ def pytest_configure(config: pytest.Config) -> None:
     }
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "NO_COLOR", "FORCE_COLOR"):
         os.environ.pop(name, None)
+
+
+LONGEST = (
+    "demos",
+    "dpo",
+    "resume",
+    "architectures",
+    "batch",
+    "readme",
+    "jobs",
+    "equality",
+    "options",
+    "ladder",
+)
+"""Files that take a minute and more, longest first: what begins last should be short."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files, the longest first; the order inside each is its own."""
+    rank = {f"test_{name}": number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)

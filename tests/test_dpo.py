@@ -65,7 +65,7 @@ def built(job: Job, data: Path, *, start: Path | None = None, batch: int = 8, cu
     model = adapter.adapted(models.load_base(job, folder_of(job)), job, start)
     processor = models.load_processor(job, folder_of(job))
     arguments = DPOConfig(
-        output_dir="unused",
+        output_dir=str(data.with_name("trainer")),
         use_cpu=True,
         bf16=False,
         max_length=None,

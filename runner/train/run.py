@@ -279,7 +279,8 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         "engine": type(trainer.model_wrapped).__name__,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
         "mixed_precision": trainer.accelerator.mixed_precision,
-        "optimizer": type(trainer.optimizer.optimizer).__name__,
+        # None in an attempt that found its training done and only evaluated.
+        "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,
         "gradient_checkpointing": trainer.model.is_gradient_checkpointing,
         "image_backend": models.image_backend(prepared.processor),
         "geometry": plan.geometry.model_dump(),
