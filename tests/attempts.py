@@ -1,11 +1,18 @@
-"""Starts real trainer processes from plans, as the supervisor does, and reads what they leave."""
+"""Starts real trainer processes from plans, as the supervisor does, and reads what they leave.
+
+A trainer is forked from a process that has imported the libraries already: importing takes longer than most
+of these attempts. Processes that the supervisor starts itself are in tests/test_launch.py and test_resume.py.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import subprocess
+import sys
 from collections.abc import Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +21,6 @@ import datasets
 from runner.demo import resolve_dataset, resolve_model
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
-from runner.supervisor.attempt import TRAINER
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,29 +115,68 @@ def planned(folder: Path, changes: dict[str, Any], **fields: Any) -> Plan:
 
 
 def run(
-    folder: Path, changes: dict[str, Any], trainer: Sequence[str] = TRAINER, **fields: Any
+    folder: Path, changes: dict[str, Any], trainer: Sequence[str] | None = None, **fields: Any
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """One attempt in its own process, as `planned`: its outcome and its events."""
+    """One attempt in its own process, as `planned`: its outcome and its events.
+
+    Args:
+        trainer: a command of the test's own, that takes the path of the plan.
+    """
     plan = planned(folder, changes, **fields)
     attempt_dir = plan.attempt_dir
     file = attempt_dir / "plan.json"
     file.write_text(plan.model_dump_json())
+    log = attempt_dir / "trainer.log"
+    events = _forked(file, log) if trainer is None else _started([*trainer, str(file)], log)
+    outcome_file = attempt_dir / "outcome.json"
+    assert outcome_file.exists(), (attempt_dir / "trainer.log").read_text()[-3000:]
+    return json.loads(outcome_file.read_text()), events
+
+
+def _started(command: list[str], log: Path) -> list[dict[str, Any]]:
     reader, writer = os.pipe()
-    with (attempt_dir / "trainer.log").open("w") as log:
+    with log.open("w") as output:
         process = subprocess.Popen(
-            [*trainer, str(file)],
+            command,
             env={**os.environ, "PYTHONPATH": str(ROOT), "RUNNER_EVENTS_FD": str(writer)},
             pass_fds=[writer],
-            stdout=log,
-            stderr=log,
+            stdout=output,
+            stderr=output,
         )
     os.close(writer)
     with os.fdopen(reader) as lines:
         events = [json.loads(line) for line in lines]
     process.wait()
-    outcome_file = attempt_dir / "outcome.json"
-    assert outcome_file.exists(), (attempt_dir / "trainer.log").read_text()[-3000:]
-    return json.loads(outcome_file.read_text()), events
+    return events
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["runner.train.run", __name__])
+
+
+def _forked(plan: Path, log: Path) -> list[dict[str, Any]]:
+    reader, writer = _FORKS.Pipe(duplex=False)
+    process = _FORKS.Process(target=_trainer, args=(plan, log, dict(os.environ), writer))
+    process.start()
+    writer.close()
+    with os.fdopen(os.dup(reader.fileno())) as lines:
+        events = [json.loads(line) for line in lines]
+    reader.close()
+    process.join()
+    return events
+
+
+def _trainer(plan: Path, log: Path, environment: dict[str, str], events: Connection) -> None:
+    """In the forked process: what `python -m runner.train PLAN` does."""
+    from runner.train.__main__ import main
+
+    os.environ.clear()
+    os.environ.update(environment, RUNNER_EVENTS_FD=str(os.dup(events.fileno())))
+    events.close()
+    with log.open("w") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    sys.exit(main(plan))
 
 
 def steps(events: list[dict[str, Any]]) -> list[dict[str, Any]]:
