@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from runner.manifest import Job
-from runner.plan import Fetched, Plan, geometry
 from runner.train import adapter, methods, state
 from runner.train import model as models
-from tests.attempts import JOB, merged, run, steps
+from tests.attempts import JOB, merged, planned, run, steps
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
@@ -97,17 +96,7 @@ def test_the_kind_of_adapter(lora: dict[str, bool]) -> None:
     ],
 )
 def test_the_optimizer(tmp_path: Path, optim: str, name: str, paged: bool | None) -> None:
-    job = job_with(training={"optim": optim})
-    plan = Plan(
-        purpose="train",
-        job=job,
-        run_dir=tmp_path,
-        attempt=1,
-        attempt_dir=tmp_path,
-        geometry=geometry(job),
-        fetched=Fetched(model="", train=[], eval=[]),
-        save_seconds=1.0,
-    )
+    plan = planned(tmp_path, {"training": {"optim": optim}})
     kind, options = Trainer.get_optimizer_cls_and_kwargs(methods.arguments(plan, 1))
     assert kind.__name__ == name
     assert bool(options.get("is_paged")) is bool(paged)
