@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from runner.errors import JobError
+from runner.job import matrix
 from runner.manifest import Job
 from runner.schema.generate import DPO_LOSSES
 from runner.train import adapter, methods, state
@@ -134,6 +137,31 @@ def test_every_loss_takes_a_step(data: Path, name: str) -> None:
     trainer.loss_types, trainer.loss_weights = [name], [1.0]
     upstreams = DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
     assert upstreams.item() == pytest.approx(loss.item())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss_type": "exo_pair"}, "greater than 0.0"),
+        ({"loss_type": "aot", "use_weighting": True}, "'aot' or 'aot_unpaired'"),
+        (
+            {"loss_type": "nca_pair", "f_divergence_type": "forward_kl"},
+            re.escape(str(sorted(matrix.HAS_F_DIVERGENCE))),
+        ),
+    ],
+)
+def test_trl_refuses_what_the_matrix_does(data: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobError, match=reason):
+        built(dpo_job(training=options), data)
+
+
+def test_trl_cannot_weight_its_sft_term(data: Path) -> None:
+    trainer = built(dpo_job(training={"loss_type": "sft", "use_weighting": True}), data)
+    (batch,) = micro_batches(trainer, 1)
+    del batch["row_index"], batch["image_count"]
+    trainer.loss_types, trainer.loss_weights = ["sft"], [1.0]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
 
 
 def test_the_sft_term_does_not_depend_on_the_cut(data: Path) -> None:
