@@ -184,10 +184,10 @@ def _initial(lora: Section, quantization: Section) -> Iterator[Finding]:
                 f"{initial} needs the weights before quantization",
                 "use true, gaussian or olora",
             )
-        if initial == "orthogonal" and quantization:
-            if quantization.get("bnb_4bit_quant_storage") not in FLOATS:
-                reason = "orthogonal takes the type of the stored weights, and quantized ones are integers"
-                yield Finding(path, reason, "use true, gaussian or olora")
+        is_stored_as_floats = not quantization or quantization.get("bnb_4bit_quant_storage") in FLOATS
+        if initial == "orthogonal" and not is_stored_as_floats:
+            reason = "orthogonal takes the type of the stored weights, and quantized ones are integers"
+            yield Finding(path, reason, "use true, gaussian or olora")
         if initial in NEEDS_A_PASS:
             yield Finding(
                 path,
