@@ -158,6 +158,11 @@ def test_trl_refuses_what_the_matrix_does(data: Path, options: dict[str, Any], r
         built(dpo_job(training=options), data)
 
 
+def test_trl_refuses_a_bias(data: Path) -> None:
+    with pytest.raises(JobError, match="only 1 adapter with bias"):
+        built(dpo_job(lora={"bias": "all"}), data)
+
+
 def test_trl_cannot_weight_its_sft_term(data: Path) -> None:
     trainer = built(dpo_job(training={"loss_type": "sft", "use_weighting": True}), data)
     (batch,) = micro_batches(trainer, 1)
