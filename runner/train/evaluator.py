@@ -52,8 +52,8 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the model that training starts from: the base or, with `lora.init_from`, that adapter
-        over it. Kept from an earlier attempt where it got so far."""
+        """Metrics of the model that training starts from: the base or, where `adapter.keeps_reference`, the
+        adapter over it. Kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
@@ -109,7 +109,7 @@ class Evaluator:
             return None
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         beta = job.training.options.get("beta", DPOConfig.beta)
-        return Reference(beta, {record["row"]: record for record in records})
+        return Reference(beta, records)
 
     def _generated(
         self, rows: Rows, spec: Spec, phase: str, reference: Reference | None
