@@ -3,7 +3,7 @@
 Every row is a trainer process of its own on the same rows: its peak, above what it took before it loaded the
 model (on a GPU: peak allocated). The rungs of the ladder are taken one after the other and kept; the rows
 below it change one thing about the rung that they name. A random model in SmolVLM's shape with a wider text
-model, so that weights weigh something; two steps of 4 rows with 5 tiles each, because the optimizer's state is
+model, so that weights weigh something; two steps of 4 rows with 5 tiles each, because optimizer state is
 there from the second on. `--write` puts the table into docs/memory.md.
 
 Run as `make bench` or `python bench/memory.py [--write]`.
