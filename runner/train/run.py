@@ -31,7 +31,7 @@ from runner.train.channel import Channel
 from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
-from runner.train.facts import peak_memory, versions
+from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
 from runner.train.trainer import RunTrainer
 
@@ -280,6 +280,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         **models.describe(model),
         "engine": type(trainer.model_wrapped).__name__,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "weight_bytes": weight_bytes(model),
         "mixed_precision": trainer.accelerator.mixed_precision,
         # None in an attempt that found its training done and only evaluated.
         "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,
