@@ -273,7 +273,7 @@ def test_an_adapter_that_does_not_begin_at_zero_is_its_own_reference(
             "quantization": quantization,
             "lora": {"init_lora_weights": initial},
             "datasets": {"eval": DPO["datasets"]["train"]},
-            "training": {"max_steps": 1, "per_device_train_batch_size": 8, "warmup_steps": 0},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 8},
             "evaluation": {"batch_size": 16, "max_new_tokens": 2},
         },
     )
@@ -346,8 +346,10 @@ def test_other_keys_of_lora_must_be_those_of_the_adapter(tmp_path: Path, sft_run
     assert "lora.r" in outcome["error"] and "has 4" in outcome["error"]
 
 
-def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path, dtype: str) -> None:
     changes = merged(DPO, {"lora": None, "training": {"max_steps": 2, "per_device_train_batch_size": 8}})
+    changes = merged(changes, {"model": {"dtype": dtype}})
     outcome, events = run(tmp_path / "run", changes, data=data)
     assert outcome["outcome"] == "done"
     assert steps(events)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
