@@ -22,7 +22,11 @@ PROJECTOR_WORDS = ("projector", "connector", "modality_projection", "merger", "a
 """How models call the parts that `model.freeze` names."""
 
 NOT_ON_QUANTIZED = ("pissa", "mica", "loftq")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 NEEDS_A_PASS = ("eva", "corda", "lora_ga")
+
+HAS_F_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""Values of DPOConfig.loss_type that DPOTrainer takes with another f_divergence_type than reverse_kl."""
 
 
 def refusals(job: dict[str, Any]) -> Iterator[Finding]:
@@ -45,6 +49,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         target_modules with lm_head                    x fused head  SFTTrainer raises
         target_modules, modules_to_save of a part      x freeze      would train what is frozen
         init_lora_weights: pissa, mica, loftq          x quantized   PEFT raises: needs the float weights
+        init_lora_weights: orthogonal                  x quantized, not stored as floats   PyTorch raises
         init_lora_weights: eva, corda, lora_ga                       needs a pass over the data first
         init_lora_weights: pissa_niter_*                             another adapter when loaded again
         init_lora_weights: orthogonal                  x odd r       PEFT raises
@@ -55,6 +60,10 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     training
         global_batch_size not a multiple of per_device_train_batch_size   no accumulation gives it
         per_device_train_batch_size: auto              x loss_type: aot, aot_unpaired   sorts a micro-batch
+        loss_weights                                   x as many loss_type   DPOConfig raises otherwise
+        loss_type: exo_pair                            x label_smoothing: 0   DPOTrainer raises
+        f_divergence_type but reverse_kl               x loss_type without one   DPOTrainer raises
+        use_weighting                                  x loss_type: aot, aot_unpaired, sft   DPOTrainer raises
         eval_strategy, eval_on_start, evaluation       x no datasets.eval
         lr_scheduler_type: reduce_lr_on_plateau, greedy   x eval_strategy: no   TrainingArguments raises
         lr_scheduler_type: cosine_*with_min_lr         x no min_lr   raises when the schedule is made
@@ -75,8 +84,10 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     if job.get("lora") is None and _section(job, "model").get("dtype") == "float16":
         reason = "full fine-tuning in float16: the gradient scaler refuses float16 gradients"
         yield Finding(("model", "dtype"), reason, "use bfloat16 or float32, or add a lora section")
-    yield from _lora(lora, is_quantized=bool(quantization), freeze=_freeze(job))
+    yield from _lora(lora, quantization, freeze=_freeze(job))
     yield from _batch(training)
+    if job.get("method") == "dpo":
+        yield from _preference(training)
     yield from _evaluation(job, training)
     yield from _schedule(training)
 
@@ -131,7 +142,7 @@ def _quantization(quantization: Section, *, has_lora: bool) -> Iterator[Finding]
         yield Finding(("quantization",), reason, "add a lora section, or write quantization: null")
 
 
-def _lora(lora: Section, *, is_quantized: bool, freeze: list[str]) -> Iterator[Finding]:
+def _lora(lora: Section, quantization: Section, *, freeze: list[str]) -> Iterator[Finding]:
     targets = lora.get("target_modules")
     if any(_matches(target, "lm_head", is_pattern=isinstance(targets, str)) for target in _texts(targets)):
         reason = "an adapter on lm_head would never train: TRL multiplies its weight directly"
@@ -148,7 +159,7 @@ def _lora(lora: Section, *, is_quantized: bool, freeze: list[str]) -> Iterator[F
             if named is not None and part in freeze and not re.search(r"\(\?[!<]", named):
                 reason = f"{show(named)} names a part that model.freeze freezes ({part})"
                 yield Finding(("lora", key), reason, f"remove it, or take {part} out of model.freeze")
-    yield from _initial(lora, is_quantized=is_quantized)
+    yield from _initial(lora, quantization)
     if isinstance(targets, str):
         for key in ("layers_to_transform", "layers_pattern"):
             if lora.get(key) is not None:
@@ -164,22 +175,26 @@ def _lora(lora: Section, *, is_quantized: bool, freeze: list[str]) -> Iterator[F
         )
 
 
-def _initial(lora: Section, *, is_quantized: bool) -> Iterator[Finding]:
+def _initial(lora: Section, quantization: Section) -> Iterator[Finding]:
     initial, path = lora.get("init_lora_weights", True), ("lora", "init_lora_weights")
     if isinstance(initial, str):
-        if is_quantized and initial.startswith(NOT_ON_QUANTIZED):
+        if quantization and initial.startswith(NOT_ON_QUANTIZED):
             yield Finding(
                 path,
                 f"{initial} needs the weights before quantization",
-                "use true, gaussian, orthogonal or olora",
+                "use true, gaussian or olora",
             )
+        is_stored_as_floats = not quantization or quantization.get("bnb_4bit_quant_storage") in FLOATS
+        if initial == "orthogonal" and not is_stored_as_floats:
+            reason = "orthogonal takes the type of the stored weights, and quantized ones are integers"
+            yield Finding(path, reason, "use true, gaussian or olora")
         if initial in NEEDS_A_PASS:
             yield Finding(
                 path,
                 f"{initial} needs a pass over the data before training",
                 "use true, gaussian, orthogonal or olora",
             )
-        if initial.startswith("pissa_niter_") and not is_quantized:
+        if initial.startswith("pissa_niter_") and not quantization:
             yield Finding(
                 path,
                 f"{initial} draws at random, and anew when the adapter is loaded: another than was trained",
@@ -209,6 +224,26 @@ def _batch(training: Section) -> Iterator[Finding]:
         reason = f"loss_type {sorting} sorts the pairs of a micro-batch, so its size is part of the loss"
         remedy = "write the number of pairs that shall be sorted together"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
+
+
+def _preference(training: Section) -> Iterator[Finding]:
+    losses, weights = _texts(training.get("loss_type", "sigmoid")), training.get("loss_weights")
+    if isinstance(weights, list) and len(weights) != len(losses):
+        reason = f"{len(weights)} weights for {len(losses)} losses ({', '.join(losses)})"
+        yield Finding(("training", "loss_weights"), reason, "write one weight for each entry of loss_type")
+    if "exo_pair" in losses and training.get("label_smoothing", 0) == 0:
+        reason = "exo_pair compares with smoothed labels, and label_smoothing is 0"
+        yield Finding(("training", "loss_type"), reason, "add label_smoothing: 1e-3, as its paper has it")
+    divergence = training.get("f_divergence_type", "reverse_kl")
+    without = [loss for loss in losses if loss not in HAS_F_DIVERGENCE]
+    if divergence != "reverse_kl" and without:
+        reason = f"{', '.join(without)} is defined for reverse_kl alone"
+        remedy = f"remove it, or use the losses {', '.join(HAS_F_DIVERGENCE)}"
+        yield Finding(("training", "f_divergence_type"), reason, remedy)
+    unweighted = [loss for loss in losses if loss in (*SORTING, "sft")]
+    if training.get("use_weighting") is True and unweighted:
+        reason = f"{', '.join(unweighted)} has no loss of a single pair that could be weighted"
+        yield Finding(("training", "use_weighting"), reason, "remove it, or use other losses")
 
 
 def _evaluation(job: Section, training: Section) -> Iterator[Finding]:

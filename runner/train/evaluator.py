@@ -52,8 +52,8 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the model that training starts from: the base or, with `lora.init_from`, that adapter
-        over it. Kept from an earlier attempt where it got so far."""
+        """Metrics of the model that training starts from: the base or, where `adapter.keeps_reference`, the
+        adapter over it. Kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None

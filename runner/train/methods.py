@@ -52,10 +52,9 @@ class DpoRun(RunTrainer, DPOTrainer):
         self.loss_types = [name for name in types if name != "sft"]
         self._chosen_tokens = 0
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        samples, items = super().get_batch_samples(*args, **kwargs)
-        self._chosen_tokens = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in samples)
-        return samples, items
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        self._chosen_tokens = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self._sft_weight:

@@ -66,14 +66,15 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         base = models.load_base(plan.job, plan.fetched.model)
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
         before = None
-        if start is None:
-            # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base there.
+        # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
+        has_start = adapter.keeps_reference(plan.job)
+        if not has_start:
             before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
         set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
-        if start is not None:
+        if has_start:
             before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
         plan = _sized(plan, channel, trainer, prepared)
@@ -188,13 +189,14 @@ def _trainer(
     reference = None
     if job.method == "dpo" and job.lora is None:
         reference = models.load_base(job, plan.fetched.model).requires_grad_(False)
-    with contextlib.nullcontext() if plan.fetched.init_from is None else adapter.values_kept(model):
+    keeps_reference = adapter.keeps_reference(job)
+    with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
         trainer = methods.trainer(
             arguments,
             method=job.method,
             model=model,
             reference=reference,
-            keep_reference_adapter=adapter.keeps_reference(job),
+            keep_reference_adapter=keeps_reference,
             processor=prepared.processor,
             collator=_collator(plan, prepared.processor, rows),
             rows=rows,

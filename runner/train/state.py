@@ -158,8 +158,10 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """
     saved = load_file(folder / PARAMETERS)
     live = trainable(model)
-    if saved.keys() != live.keys():
-        odd = sorted(saved.keys() ^ live.keys())
+    odd = sorted(saved.keys() ^ live.keys()) or [
+        name for name, parameter in live.items() if saved[name].shape != parameter.shape
+    ]
+    if odd:
         raise DataError(
             f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}"
         )
