@@ -49,9 +49,9 @@ class PaliGemmaProcessor(Published):
             return BatchFeature(dict(suffixes))
         if any(one.endswith(self.tokenizer.eos_token) for one in texts):
             raise DataError(
-                "datasets: a row has several assistant turns, and PaliGemma learns one answer a row: all that "
-                "is before it is attended to in both directions. Remedy: make a row of every turn, with the "
-                "turns before it in the prompt of format prompt_completion"
+                "datasets: a row has several assistant turns, and PaliGemma learns one answer a row: all "
+                "that is before it is attended to in both directions. Remedy: make a row of every turn, with "
+                "the turns before it in the prompt of format prompt_completion"
             )
         if not all(self.image_token in one for one in texts):
             raise ValueError("PaliGemma takes no prompt without an image")
