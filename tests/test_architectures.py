@@ -259,6 +259,23 @@ def test_paligemma_reads_its_prompt_in_both_directions_and_its_answer_in_one(
     assert not torch.equal(logits(first - 2)[: first - 2], whole[: first - 2])
 
 
+def test_paligemma_learns_one_answer_a_row(
+    paligemma: tuple[str, PaliGemmaProcessor, Rows], tmp_path: Path
+) -> None:
+    processor = paligemma[1]
+    turns = [{"user": "How many?", "assistant": "2"}, {"user": "And now?", "assistant": "3"}]
+    (tmp_path / "0.png").write_bytes(samples.png())
+
+    def load(*rows: dict[str, Any]) -> Rows:
+        file = samples.jsonl(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", list(rows))
+        return samples.rows(processor, (samples.source(file.name, format="cauldron"), file))
+
+    with pytest.raises(DataError, match=r"learns one answer a row.*Remedy: make a row of every turn"):
+        load({"images": ["0.png"], "texts": turns})
+    with pytest.raises(DataError, match=r"row 1: the processor refuses the row: .*without an image"):
+        load({"images": ["0.png"], "texts": turns[:1]}, {"images": [], "texts": turns[:1]})
+
+
 def test_paligemma_takes_no_prompt_without_an_image(
     paligemma: tuple[str, PaliGemmaProcessor, Rows],
 ) -> None:

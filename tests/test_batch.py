@@ -15,9 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from trl import SFTTrainer
 
 from runner import launch
-from runner.errors import OutOfMemory
+from runner.errors import OutOfMemory, RunnerError
 from runner.plan import Geometry
 from runner.settings import resolve
 from runner.train import probe, rng
@@ -25,6 +27,7 @@ from runner.train import run as sequence
 from runner.train.channel import Channel
 from runner.train.collator import Collator
 from runner.train.memory import is_out_of_memory
+from runner.train.model import load_adapter
 from runner.train.trainer import RunTrainer
 from tests.attempts import JOB, charts, merged, planned, run, steps
 from tests.samples import chartqa, png, rows, smolvlm, source
@@ -326,3 +329,29 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_began_with_what_fits(
     assert all(len(step["rows"]) == 8 for step in ours)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+# --- where no micro-batch is to blame ---
+
+
+def beyond(*_arguments: Any, **_options: Any) -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_out_of_memory_while_the_trainer_is_built_is_no_bad_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFTTrainer, "__init__", beyond)
+    plan = planned(tmp_path, {})
+    with pytest.raises(RunnerError, match="the model does not fit the device") as ended:
+        sequence.train(plan, Channel(plan.attempt_dir, None))
+    assert ended.value.exit_code == 1
+
+
+def test_out_of_memory_while_an_adapter_is_loaded_is_no_bad_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeftModel, "from_pretrained", beyond)
+    with pytest.raises(RuntimeError) as ended:
+        load_adapter(torch.nn.Module(), tmp_path)
+    assert is_out_of_memory(ended.value)

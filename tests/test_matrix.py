@@ -99,6 +99,15 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"model": {"name_or_path": "x", "dtype": "float32"}, "lora": {"r": 8}, "quantization": BITS},
     {"model": {"name_or_path": "x", "freeze": []}, "lora": {"target_modules": ["vision_model.q_proj"]}},
     {"lora": {"target_modules": r"^(?!.*vision_model).*q_proj$"}},
+    # Qwen's projector stands inside the tower's module.
+    {
+        "model": {"name_or_path": "x", "freeze": ["vision_tower"]},
+        "lora": {"target_modules": ["visual.merger.mlp.0", "visual.deepstack_merger_list.0.linear_fc1"]},
+    },
+    {
+        "model": {"name_or_path": "x", "freeze": ["vision_tower"]},
+        "lora": {"target_modules": r"model\.visual\.merger\..*"},
+    },
     {"lora": {"modules_to_save": ["lm_head"], "target_modules": "all-linear"}},
     {"lora": {"init_lora_weights": "olora"}, "quantization": BITS},
     {"lora": {"bias": "lora_only"}},

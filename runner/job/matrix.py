@@ -14,12 +14,15 @@ from typing import Any
 
 from runner.job.shape import Finding, show
 from runner.manifest import FORMATS, PAIRS, SORTING
+from runner.plan import sizes
 
 Section = dict[str, Any]
 
 TOWER_WORDS = ("vision_tower", "vision_model", "visual", "image_encoder", "vision_encoder")
 PROJECTOR_WORDS = ("projector", "connector", "modality_projection", "merger", "aligner")
 """How models call the parts that `model.freeze` names."""
+INSIDE_THE_TOWER = re.compile(r"\bvisual[.\\]+(deepstack_)?merger")
+"""Qwen's projectors, which stand in the module of its tower."""
 
 NOT_ON_QUANTIZED = ("pissa", "mica", "loftq")
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -37,7 +40,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         sft                                            x a format of pairs        which of the two is learned?
         dpo                                            x evaluation.metric: relaxed_accuracy, exact_match
         sft                                            x evaluation.metric: preference_accuracy
-    vision (all formats have images)
+    vision (rows of any format may have images)
         training.packing, eval_packing, padding_free   x images      SFTTrainer raises
         training.pad_to_multiple_of: a number          x images      TRL's collator raises
     quantization
@@ -157,9 +160,7 @@ def _lora(lora: Section, quantization: Section, *, freeze: list[str]) -> Iterato
         )
     for key in ("target_modules", "modules_to_save"):
         for part, words in (("vision_tower", TOWER_WORDS), ("projector", PROJECTOR_WORDS)):
-            named = next(
-                (text for text in _texts(lora.get(key)) if any(word in text for word in words)), None
-            )
+            named = next((text for text in _texts(lora.get(key)) if _names(text, words)), None)
             if named is not None and part in freeze and not re.search(r"\(\?[!<]", named):
                 reason = f"{show(named)} names a part that model.freeze freezes ({part})"
                 yield Finding(("lora", key), reason, f"remove it, or take {part} out of model.freeze")
@@ -220,8 +221,8 @@ def _batch(training: Section) -> Iterator[Finding]:
     per_device = training.get("per_device_train_batch_size", "auto")
     if _is_count(total) and _is_count(per_device) and total % per_device:
         reason = f"{per_device} per device does not divide global_batch_size {total}"
-        usable = [size for size in range(min(total, per_device), 0, -1) if total % size == 0][:1]
-        remedy = f"use {usable[0]}, or another divisor" if usable else "use a divisor"
+        usable = next(size for size in sizes(total) if size <= per_device)
+        remedy = f"use {usable}, or another divisor"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
     sorting = next((loss for loss in _texts(training.get("loss_type")) if loss in SORTING), None)
     if per_device == "auto" and sorting is not None:
@@ -313,6 +314,12 @@ def _texts(value: Any) -> list[str]:
 def _matches(target: str, module: str, *, is_pattern: bool) -> bool:
     """Whether PEFT would adapt `module`: by the end of its name in a list, by a pattern in a text."""
     return module in re.split(r"[.|()]", target) if is_pattern else target.split(".")[-1] == module
+
+
+def _names(text: str, words: tuple[str, ...]) -> bool:
+    """Whether a module's name or a pattern contains one of the words of a part."""
+    own = INSIDE_THE_TOWER.sub("merger", text)
+    return any(word in own for word in words)
 
 
 def _is_number(value: Any) -> bool:

@@ -31,7 +31,7 @@ def cell(row: Mapping[str, Any], column: str, names: Sequence[str] | None) -> An
     if names is None or value is None:
         return value
     numbers = value if isinstance(value, list) else [value]
-    if not all(0 <= number < len(names) for number in numbers):
+    if not all(number is not None and 0 <= number < len(names) for number in numbers):
         return None
     return [names[number] for number in numbers] if isinstance(value, list) else names[value]
 

@@ -116,12 +116,15 @@ class Collator:
 
     def texts(self, row: Row) -> list[list[str]]:
         """What a row is tokenized from, each image still one placeholder: the parts of its sequence, and of
-        a pair those of both."""
+        a pair those of both.
+
+        Raises:
+            Unusable: its turns cannot be found.
+            TemplateError: the chat template refuses them.
+        """
         if "messages" in row:
-            text: str = self.processor.apply_chat_template(
-                without_nulls(row["messages"]), chat_template=self.template, tokenize=False
-            )
-            return [[text]]
+            self._turns = self._turns or TurnCollator(self.processor)
+            return [[self._turns.text(without_nulls(row["messages"]))]]
         names = _PAIR if "chosen" in row else _COMPLETION
         rendered = apply_chat_template({name: without_nulls(row[name]) for name in names}, self.processor)
         return [[rendered["prompt"], rendered[answer]] for answer in names[1:]]

@@ -24,6 +24,7 @@ from runner.plan import Plan
 from runner.train.callbacks import SaveAndStop
 from runner.train.collator import Collator
 from runner.train.data import Rows
+from runner.train.memory import is_out_of_memory
 from runner.train.model import device
 from runner.train.trainer import RunTrainer
 
@@ -128,6 +129,8 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
         # Its package may be missing, which upstream finds out at the first step.
         Trainer.get_optimizer_cls_and_kwargs(built)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise JobError(
             [
                 Problem(
@@ -176,6 +179,8 @@ def trainer(
             **more,
         )
     except (ValueError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise JobError(
             [Problem("training", f"TRL refuses it: {error}", "change the option that it names")]
         ) from error

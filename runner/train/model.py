@@ -30,6 +30,7 @@ from transformers.image_processing_backends import PilBackend
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train.architectures import PARTS, Parts, parts
+from runner.train.memory import is_out_of_memory
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -263,6 +264,8 @@ def load_adapter(
         # is silent about those that the model does not have.
         found = adapted.load_adapter(str(folder), "default", is_trainable=trains)
     except (OSError, TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise DataError(f"{named}: cannot load {folder}: {error}") from error
     if odd := [*found.missing_keys, *found.unexpected_keys]:
         raise DataError(
