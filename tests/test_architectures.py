@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers import PaliGemmaProcessor as Published
 
 from runner.errors import DataError
-from runner.train import model as models
-from runner.train.architectures import ARCHITECTURES, PARTS, parts
-from runner.train.collator import Collator, images
-from runner.train.data import Rows
-from runner.train.paligemma import PaliGemmaProcessor
+from runner.train.data.collator import Collator, images
+from runner.train.data.rows import Rows
+from runner.train.models import model as models
+from runner.train.models.architectures import ARCHITECTURES, PARTS, parts
+from runner.train.models.paligemma import PaliGemmaProcessor
 from tests import samples
 from tests.test_model import job
 from tests.tiny_models import MAKERS, NEED_TORCHVISION, save
@@ -119,7 +119,7 @@ def test_every_row_has_a_tiny_model() -> None:
 
 
 def test_an_unknown_architecture_says_how_to_add_it() -> None:
-    with pytest.raises(DataError, match=r"add a row .* to runner/train/architectures\.py"):
+    with pytest.raises(DataError, match=r"add a row .* to runner/train/models/architectures\.py"):
         parts("bert")
 
 

@@ -25,9 +25,9 @@ from runner.settings import resolve
 from runner.train import probe, rng
 from runner.train import run as sequence
 from runner.train.channel import Channel
-from runner.train.collator import Collator
+from runner.train.data.collator import Collator
 from runner.train.memory import is_out_of_memory
-from runner.train.model import load_adapter
+from runner.train.models.model import load_adapter
 from runner.train.trainer import RunTrainer
 from tests.attempts import JOB, charts, merged, planned, run, steps
 from tests.samples import chartqa, png, rows, smolvlm, source

@@ -17,10 +17,10 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.turns import turn_template
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.data.turns import turn_template
 from tests.samples import chartqa, idefics2, llava_next, picture, png, rows, smolvlm, source
 
 OURS = {"row_index", "image_count"}

@@ -16,9 +16,9 @@ from PIL import Image as Pillow
 from transformers import ProcessorMixin
 
 from runner.errors import DataError
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.tokens import Counted, TokenCounter
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.data.tokens import Counted, TokenCounter
 from tests.samples import (
     COLUMNS,
     broken,

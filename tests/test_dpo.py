@@ -21,11 +21,12 @@ from runner.errors import DataError, JobError
 from runner.job import matrix
 from runner.manifest import Job
 from runner.schema.generate import DPO_LOSSES
-from runner.train import adapter, methods, state
-from runner.train import model as models
+from runner.train import methods, state
 from runner.train.callbacks import SaveAndStop
-from runner.train.collator import Collator
-from runner.train.data import Rows, load
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows, load
+from runner.train.models import adapter
+from runner.train.models import model as models
 from tests.attempts import JOB, merged, pairs, run, steps
 from tests.plain import plain_trl
 

@@ -18,13 +18,13 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.demo import resolve_model
 from runner.errors import DataError
-from runner.train import turns
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.formats import Converted, Reading, convert
-from runner.train.sources import image_lists, shown_images
-from runner.train.turns import turn_template
+from runner.train.data import turns
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.formats import Converted, Reading, convert
+from runner.train.data.rows import Rows
+from runner.train.data.sources import image_lists, shown_images
+from runner.train.data.turns import turn_template
 from tests.samples import idefics2, jsonl, llava_next, picture, png, rows, smolvlm, source
 
 END = "<end_of_utterance>\n"

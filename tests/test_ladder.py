@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from runner.manifest import Job
-from runner.train import adapter, methods, state
-from runner.train import model as models
+from runner.train import methods, state
 from runner.train.facts import weight_bytes
+from runner.train.models import adapter
+from runner.train.models import model as models
 from tests.attempts import JOB, merged, planned, run, steps
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -14,8 +14,8 @@ from transformers.utils import is_torchvision_available
 from runner.demo import resolve_model
 from runner.errors import DataError, JobError
 from runner.manifest import Job
-from runner.train import model as models
-from runner.train.architectures import parts
+from runner.train.models import model as models
+from runner.train.models.architectures import parts
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -16,11 +16,11 @@ from runner.manifest import Evaluation as Spec
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
 from runner.train.channel import Channel
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.evaluate import Reference
-from runner.train.evaluator import Evaluator
-from runner.train.pairs import PairScore, fused_head, score
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.evaluation.evaluate import Reference
+from runner.train.evaluation.evaluator import Evaluator
+from runner.train.evaluation.pairs import PairScore, fused_head, score
 from tests.samples import png, rlaif_v, rows, smolvlm, source
 from tests.small_job import SMALL
 from tests.test_evaluate import adapted, float32, generators, run

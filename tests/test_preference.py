@@ -12,9 +12,9 @@ from transformers import ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from runner.errors import DataError
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
 from tests.samples import (
     idefics2,
     jsonl,

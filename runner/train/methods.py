@@ -22,10 +22,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from runner.errors import JobError, Problem
 from runner.plan import Plan
 from runner.train.callbacks import SaveAndStop
-from runner.train.collator import Collator
-from runner.train.data import Rows
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory
-from runner.train.model import device
+from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
 
 REFERENCE = "ref"

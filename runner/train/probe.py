@@ -28,9 +28,9 @@ from runner.errors import OutOfMemory
 from runner.plan import Geometry, recut, sizes
 from runner.train import rng, state
 from runner.train.channel import Channel
-from runner.train.data import Rows
+from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory, memory_named
-from runner.train.model import device
+from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
 
 MOST_ON_CPU = 8

@@ -23,16 +23,17 @@ from trl import DPOConfig, SFTConfig
 from runner.durable import write_text
 from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import adapter, methods, probe, state
-from runner.train import model as models
-from runner.train.audit import audit
+from runner.train import methods, probe, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
-from runner.train.collator import Collator
-from runner.train.data import Rows, load
-from runner.train.evaluator import Evaluator
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows, load
+from runner.train.evaluation.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
+from runner.train.models import adapter
+from runner.train.models import model as models
 from runner.train.trainer import RunTrainer
 
 OUT_OF_MEMORY = (

@@ -29,8 +29,8 @@ from transformers.image_processing_backends import PilBackend
 
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
-from runner.train.architectures import PARTS, Parts, parts
 from runner.train.memory import is_out_of_memory
+from runner.train.models.architectures import PARTS, Parts, parts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

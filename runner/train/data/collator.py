@@ -4,7 +4,7 @@
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
 A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn, see
-`runner.train.turns`), or `prompt`, `chosen` and `rejected` (a pair).
+`runner.train.data.turns`), or `prompt`, `chosen` and `rejected` (a pair).
 Rows with several images, one and none go into one batch, where the processor takes them. That is for one
 process: a rank whose batch has no image does not run the tower, and strategies that shard the model over
 ranks would wait for it; they refuse such rows. Nothing is ever truncated. It holds a processor and plain
@@ -24,9 +24,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.images import BadImage, open_image
-from runner.train.messages import without_nulls
-from runner.train.turns import TurnCollator
+from runner.train.data.images import BadImage, open_image
+from runner.train.data.messages import without_nulls
+from runner.train.data.turns import TurnCollator
 
 Form = Literal["prompt_completion", "messages", "preference"]
 Row = Mapping[str, Any]

@@ -5,7 +5,7 @@
 
 Of pairs, the predictions before training hold how likely the model that training starts from finds both
 answers: the reference that later evaluations are rewarded against. How an answer is generated and scored is
-`runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.pair_metrics`'s.
+`evaluate`'s, what right means `metrics`' and `pair_metrics`'s.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from runner.durable import write_json, write_text
 from runner.errors import Preempted, RunnerError
 from runner.manifest import Evaluation as Spec
 from runner.plan import Plan
-from runner.train import model as models
 from runner.train.channel import Channel
-from runner.train.data import Rows
-from runner.train.evaluate import Evaluation, Reference, evaluate
+from runner.train.data.rows import Rows
+from runner.train.evaluation.evaluate import Evaluation, Reference, evaluate
 from runner.train.memory import memory_named
+from runner.train.models import model as models
 
 BEFORE = "before"
 PREDICTIONS = "{}.predictions.jsonl"

@@ -7,7 +7,7 @@
     a row too long  refused               left out, named       its images shrink to fit, else refused
 
 Bad: an image or a text that cannot be used, an empty answer, what the chat template or the processor refuses.
-All rows that are refused stand in one error. Token counts are `runner.train.tokens`'; this module decides.
+All rows that are refused stand in one error. Token counts are `tokens`'; this module decides.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from datasets import Dataset
 
 from runner.errors import DataError
 from runner.manifest import Datasets
-from runner.train.collator import Collator
-from runner.train.tokens import Counted, TokenCounter, Unfit, spread
+from runner.train.data.collator import Collator
+from runner.train.data.tokens import Counted, TokenCounter, Unfit, spread
 
 SHOWN = 20
 """Rows that one message names; more are counted."""

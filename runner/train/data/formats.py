@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from runner.manifest import PAIRS, Format
-from runner.train.cells import cell, group, required, string
-from runner.train.messages import (
+from runner.train.data.cells import cell, group, required, string
+from runner.train.data.messages import (
     Message,
     Unusable,
     check,

@@ -26,7 +26,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.messages import Unusable
+from runner.train.data.messages import Unusable
 
 Messages = Sequence[dict[str, Any]]
 

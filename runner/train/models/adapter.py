@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train import state
-from runner.train.model import add_adapter, load_adapter
+from runner.train.models.model import add_adapter, load_adapter
 
 STARTS_AT_ZERO = (None, True, "gaussian")
 """Values of `init_lora_weights` with which a new adapter changes nothing until its first step (PEFT 0.21)."""

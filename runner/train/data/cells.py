@@ -1,7 +1,7 @@
 """What one cell of a row says: a class by its name, a text, a group. Pure.
 
 Raises `Unusable` with the reason where it says nothing that can be used; which columns a format reads is
-`runner.train.formats`'.
+`runner.train.data.formats`'.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.train.messages import Unusable
-from runner.train.metrics import RESERVED_GROUPS
+from runner.train.data.messages import Unusable
+from runner.train.evaluation.metrics import RESERVED_GROUPS
 
 GROUPS = {
     "human": "human",

@@ -24,9 +24,9 @@ from jinja2 import TemplateError
 from PIL import Image
 from transformers import ProcessorMixin
 
-from runner.train.collator import Collator
-from runner.train.images import scaled
-from runner.train.messages import Unusable
+from runner.train.data.collator import Collator
+from runner.train.data.images import scaled
+from runner.train.data.messages import Unusable
 
 Size = tuple[int, int]
 """Height and width in pixels."""

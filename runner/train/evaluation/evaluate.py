@@ -3,8 +3,7 @@
 Rows that are pairs of answers are also scored: how likely the model finds each of the two. `evaluate` leaves
 no trace: random generators, training modes, caches and weights are as they were. It runs in the precision of
 the autocast context that the caller is in, which is the one of training. What right means is
-`runner.train.metrics`' and, for pairs, `runner.train.pair_metrics`'s; where results are written is the
-caller's.
+`metrics`' and, for pairs, `pair_metrics`'s; where results are written is the caller's.
 """
 
 from __future__ import annotations
@@ -21,12 +20,13 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, ProcessorMixin
 
 from runner.manifest import Evaluation as Spec
-from runner.train import pair_metrics, rng
-from runner.train.collator import Batch, Collator, Row
-from runner.train.data import Rows
-from runner.train.messages import words
-from runner.train.metrics import Summary, exact_match, relaxed_accuracy, summarize
-from runner.train.pairs import NOT_THE_MODELS, PairScore, score
+from runner.train import rng
+from runner.train.data.collator import Batch, Collator, Row
+from runner.train.data.messages import words
+from runner.train.data.rows import Rows
+from runner.train.evaluation import pair_metrics
+from runner.train.evaluation.metrics import Summary, exact_match, relaxed_accuracy, summarize
+from runner.train.evaluation.pairs import NOT_THE_MODELS, PairScore, score
 
 LOADERS_BESIDE_A_GPU = 4
 """Processes that decode images while a GPU generates. On a CPU they would take the cores that generate."""
