@@ -49,4 +49,5 @@ def test_one_learns_what_people_prefer(tmp_path: Path) -> None:
     assert before["reward_accuracy"] is None or before["reward_accuracy"]["overall"] is None
     assert before["generated_rejected"]["overall"] >= 0.2, "there is something to unlearn"
     assert after["generated_rejected"]["overall"] <= before["generated_rejected"]["overall"] / 2
-    assert f"{accuracy[0]['overall']:.2f} -> {accuracy[1]['overall']:.2f}" in printed
+    said = [f"{one['overall']:.2f} [{one['low']:.2f}, {one['high']:.2f}]" for one in accuracy]
+    assert f"preference accuracy  {said[0]} -> {said[1]}  (n={accuracy[0]['n']})" in printed

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,11 @@ def test_trl_refuses_what_the_matrix_does(data: Path, options: dict[str, Any], r
         built(dpo_job(training=options), data)
 
 
+def test_trl_refuses_a_bias(data: Path) -> None:
+    with pytest.raises(JobError, match="only 1 adapter with bias"):
+        built(dpo_job(lora={"bias": "all"}), data)
+
+
 def test_trl_cannot_weight_its_sft_term(data: Path) -> None:
     trainer = built(dpo_job(training={"loss_type": "sft", "use_weighting": True}), data)
     (batch,) = micro_batches(trainer, 1)
@@ -268,7 +274,7 @@ def test_an_adapter_that_does_not_begin_at_zero_is_its_own_reference(
             "quantization": quantization,
             "lora": {"init_lora_weights": initial},
             "datasets": {"eval": DPO["datasets"]["train"]},
-            "training": {"max_steps": 1, "per_device_train_batch_size": 8, "warmup_steps": 0},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 8},
             "evaluation": {"batch_size": 16, "max_new_tokens": 2},
         },
     )
@@ -286,23 +292,38 @@ def test_an_adapter_that_does_not_begin_at_zero_is_its_own_reference(
     assert margins[0] == pytest.approx(margins[1], abs=1e-2)
 
 
+def cut_short(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
 @pytest.mark.filterwarnings("ignore:Found missing adapter keys")
-@pytest.mark.parametrize("kind", ["lacks one", "has one more", "cut short"])
-def test_half_an_adapter_is_refused(tmp_path: Path, sft_run: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (cut_short, "cannot load .*: Error while deserializing header"),
+        (
+            lambda folder: configured(folder, init_lora_weights="pissa"),
+            "cannot load .*: Please initialize PiSSA",
+        ),
+        (
+            lambda folder: configured(folder, target_modules=["q_proj"]),
+            "are not this model's; the first of 48 is",
+        ),
+        (lambda folder: configured(folder, use_dora=True), "are not this model's; the first of 28 is"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_whole_is_refused(
+    tmp_path: Path, sft_run: Path, change: Callable[[Path], object], reason: str
+) -> None:
     start = shutil.copytree(sft_run / "adapter", tmp_path / "start")
-    file = start / "adapter_model.safetensors"
-    values = load_file(file)
-    first = min(values)
-    if kind == "cut short":
-        file.write_bytes(file.read_bytes()[:-1])
-    elif kind == "lacks one":
-        save_file({name: value for name, value in values.items() if name != first}, file)
-    else:
-        save_file({**values, first.replace("layers.0", "layers.99"): values[first].clone()}, file)
-    job = dpo_job(lora={"init_from": str(start)})
-    reason = (
-        f"cannot load {start}" if kind == "cut short" else rf"{start} are not this model's; the first of 1"
-    )
+    change(start)
+    job = dpo_job(lora={"init_from": str(start)}, quantization=FOUR_BIT)
     with pytest.raises(DataError, match=f"lora.init_from: .*{reason}"):
         adapter.adapted(models.load_base(job, folder_of(job)), job, start)
 
@@ -341,8 +362,10 @@ def test_other_keys_of_lora_must_be_those_of_the_adapter(tmp_path: Path, sft_run
     assert "lora.r" in outcome["error"] and "has 4" in outcome["error"]
 
 
-def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path, dtype: str) -> None:
     changes = merged(DPO, {"lora": None, "training": {"max_steps": 2, "per_device_train_batch_size": 8}})
+    changes = merged(changes, {"model": {"dtype": dtype}})
     outcome, events = run(tmp_path / "run", changes, data=data)
     assert outcome["outcome"] == "done"
     assert steps(events)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

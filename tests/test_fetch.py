@@ -152,6 +152,7 @@ def test_an_adapter_to_start_from_is_known_by_every_byte(
         assert answer.fetched.init_from == str(tmp_path / "start")
         prints.add(answer.fingerprints["start"])
     assert len(prints) == 2
+    (tmp_path / "model" / "config.json").unlink()  # it is looked at before anything is downloaded
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DataError, match=r"init_from start: .* pickled weights are not loaded"):
         fetch.fetch(request, {}, lambda event: None)

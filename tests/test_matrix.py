@@ -41,6 +41,7 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"init_lora_weights": "orthogonal", "r": 7}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "loftq"}}, ("lora", "init_lora_weights")),
     ({"lora": {"lora_bias": True, "use_dora": True}}, ("lora", "lora_bias")),
+    ({**DPO, "lora": {"bias": "lora_only"}}, ("lora", "bias")),
     ({"lora": {"target_modules": "all-linear", "layers_to_transform": [1]}}, ("lora", "layers_to_transform")),
     ({"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers"}}, ("lora", "layers_pattern")),
     (
@@ -109,6 +110,8 @@ NEIGHBOURS: list[dict[str, Any]] = [
     },
     {"lora": {"modules_to_save": ["lm_head"], "target_modules": "all-linear"}},
     {"lora": {"init_lora_weights": "olora"}, "quantization": BITS},
+    {"lora": {"bias": "lora_only"}},
+    {**DPO, "lora": {"bias": "none"}},
     {"lora": {"init_lora_weights": "orthogonal", "r": 8}},
     {
         "lora": {"init_lora_weights": "orthogonal"},

@@ -24,7 +24,7 @@ from tests.test_architecture import import_graph
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = {"help", "train", "validate", "test", "check", "bench", "schema", "clean"}
-NOT_IMPORTED = {"mypy", "num2words", "pytest-socket", "ruff", "torchvision", "types-pyyaml"}
+NOT_IMPORTED = {"mypy", "num2words", "pytest-socket", "pytest-xdist", "ruff", "torchvision", "types-pyyaml"}
 """Tools, and what transformers imports for some processors."""
 
 APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"

@@ -58,6 +58,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         init_lora_weights: orthogonal                  x odd r       PEFT raises
         init_lora_weights: loftq                       x no loftq_config   PEFT raises
         lora_bias                                      x use_dora, other init   PEFT raises
+        bias: all, lora_only                           x method dpo  PEFT raises: it cannot be copied
         layers_to_transform, layers_pattern            x target_modules: text   PEFT raises
         layers_pattern                                 x no layers_to_transform   PEFT raises
     training
@@ -91,6 +92,9 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     yield from _batch(training)
     if job.get("method") == "dpo":
         yield from _preference(training)
+        if lora.get("bias") in ("all", "lora_only"):
+            reason = "biases have no copy for a reference: method dpo would prefer against what it trains"
+            yield Finding(("lora", "bias"), reason, "remove it")
     yield from _evaluation(job, training)
     yield from _schedule(training)
 

@@ -164,14 +164,14 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
             _check_model(path, folder)
         return str(folder)
 
-    model = one("model", job.model.name_or_path, job.model.revision)
-    train = [one("dataset", source.path, source.revision) for source in job.datasets.train if request.train]
-    held_out = [one("dataset", source.path, source.revision) for source in job.datasets.eval]
-    start = None
+    start = None  # first, because it may be missing, and the rest may take an hour
     if request.train and job.lora is not None and (init_from := job.lora.get("init_from")) is not None:
         start = _start(init_from)
         # Whole: it is small, and one changed number makes another run.
         prints[init_from] = _hashed(start)
+    model = one("model", job.model.name_or_path, job.model.revision)
+    train = [one("dataset", source.path, source.revision) for source in job.datasets.train if request.train]
+    held_out = [one("dataset", source.path, source.revision) for source in job.datasets.eval]
     fetched = Fetched(
         model=model,
         train=train,

@@ -85,7 +85,7 @@ def _from_adapter(base: PreTrainedModel, job: Job, folder: Path) -> PeftModel:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is a {type(config).__name__}, and this runner trains LoRA")
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, TypeError, ValueError, KeyError) as error:
         raise DataError(f"lora.init_from: cannot load {folder}: {error}") from error
     _same(job, config)
     config.lora_dropout = (job.lora or {}).get("lora_dropout", config.lora_dropout)

@@ -10,8 +10,9 @@ caller's.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -52,13 +53,21 @@ class Reference:
 
     beta: float
     """Of the training."""
-    records: Mapping[str, Mapping[str, Any]]
-    """By `row`: what `Evaluation.records` holds of a pair. Rows may be missing."""
+    records: Sequence[Mapping[str, Any]]
+    """What `Evaluation.records` holds of the pairs. Rows may be missing."""
+
+    @functools.cached_property
+    def _by_texts(self) -> dict[tuple[str, ...], Mapping[str, Any]]:
+        return {tuple(record[name] for name in _ASKED): record for record in self.records}
 
     def of(self, asked: Mapping[str, str]) -> Mapping[str, Any]:
-        """The record of a pair, empty if there is none or it was of other texts."""
-        record = self.records.get(asked["row"], {})
-        return record if all(record.get(name) == text for name, text in asked.items()) else {}
+        """The record of a pair, empty if there is none or it was of other texts. Two sources may have rows
+        of one name."""
+        return self._by_texts.get(tuple(asked[name] for name in _ASKED), {})
+
+
+_ASKED = ("row", "question", "chosen", "rejected")
+"""What tells a pair from others."""
 
 
 def evaluate(

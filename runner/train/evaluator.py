@@ -109,7 +109,7 @@ class Evaluator:
             return None
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         beta = job.training.options.get("beta", DPOConfig.beta)
-        return Reference(beta, {record["row"]: record for record in records})
+        return Reference(beta, records)
 
     def _generated(
         self, rows: Rows, spec: Spec, phase: str, reference: Reference | None

@@ -263,7 +263,7 @@ def load_adapter(
         # Again, for what it returns: PEFT (0.21.2) only warns of parameters that the file does not have, and
         # is silent about those that the model does not have.
         found = adapted.load_adapter(str(folder), "default", is_trainable=trains)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise DataError(f"{named}: cannot load {folder}: {error}") from error

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, SFTConfig
 
@@ -31,7 +31,7 @@ from runner.train.channel import Channel
 from runner.train.collator import Collator
 from runner.train.data import Rows, load
 from runner.train.evaluator import Evaluator
-from runner.train.facts import peak_memory, versions
+from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
 from runner.train.trainer import RunTrainer
 
@@ -63,7 +63,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     with memory_named(RunnerError, OUT_OF_MEMORY):
-        base = models.load_base(plan.job, plan.fetched.model)
+        base = _start_of(plan)
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
         before = None
         # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
@@ -170,6 +170,15 @@ def _steps(plan: Plan, prepared: Prepared) -> int:
     )
 
 
+def _start_of(plan: Plan) -> PreTrainedModel:
+    """The base model; of full fine-tuning in the precision that it trains in, so that what it is compared
+    with, the baseline and dpo's reference, is the same model to the last bit."""
+    base = models.load_base(plan.job, plan.fetched.model)
+    if plan.job.lora is None:
+        models.float32_trainable(base)
+    return base
+
+
 def _trainer(
     plan: Plan,
     channel: Channel,
@@ -188,7 +197,7 @@ def _trainer(
     job = plan.job
     reference = None
     if job.method == "dpo" and job.lora is None:
-        reference = models.load_base(job, plan.fetched.model).requires_grad_(False)
+        reference = _start_of(plan).requires_grad_(False)
     keeps_reference = adapter.keeps_reference(job)
     with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
         trainer = methods.trainer(
@@ -280,6 +289,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         **models.describe(model),
         "engine": type(trainer.model_wrapped).__name__,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "weight_bytes": weight_bytes(model),
         "mixed_precision": trainer.accelerator.mixed_precision,
         # None in an attempt that found its training done and only evaluated.
         "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,

@@ -41,7 +41,7 @@ class Step:
     step: int
     """Counts from 1."""
     loss: float
-    """Token mean over the global batch, in nats."""
+    """Mean over the global batch: of the answers' tokens, in nats, under sft; of the pairs under dpo."""
     grad_norm: float | None
     """L2 norm before clipping; null where it is not finite, which the float16 loss scaler answers."""
     learning_rate: float
