@@ -204,6 +204,13 @@ def test_audit_prints_what_carries_loss(tmp_path: Path, processor: ProcessorMixi
     assert "loss on      ' 12<end_of_utterance>\\n'" in text
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_audit_looks_at_every_row_of_a_few(count: int, tmp_path: Path, processor: ProcessorMixin) -> None:
+    made = rows(processor, (source(), chartqa(tmp_path / "charts", [png()] * count)))
+    lines = audit(made, Collator(processor, made.form, torch.float32), processor, samples=3)
+    assert lines[0] == f"label audit: {count} of {count} rows"
+
+
 def test_audit_of_conversations_and_of_rows_without_images(tmp_path: Path, processor: ProcessorMixin) -> None:
     made = rows(processor, (source("talk.jsonl", format="messages"), talk(tmp_path, bare=2)))
     collator = Collator(processor, made.form, torch.float32)

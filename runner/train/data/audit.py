@@ -44,9 +44,8 @@ def audit(rows: Rows, collator: Collator, processor: ProcessorMixin, samples: in
             at once.
     """
     count = len(rows.dataset)
-    positions = sorted(
-        {round(step * (count - 1) / max(1, samples - 1)) for step in range(min(samples, count))}
-    )
+    looks = min(samples, count)
+    positions = sorted({round(step * (count - 1) / max(1, looks - 1)) for step in range(looks)})
     lines = [f"label audit: {len(positions)} of {count:,} rows"]
     problems: list[str] = []
     for position in positions:

@@ -60,6 +60,7 @@ _EXTRAS = Features(
         "image_count": Value("int32"),
         "tokens": Value("int32"),
         "scale": Value("float64"),
+        "pixels": Value("int64"),
     }
 )
 
@@ -84,6 +85,7 @@ class Rows:
         tokens        its length, image tokens included, when it is collated alone; of a pair, that of the
                       longer sequence
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
+        pixels        of all images that it shows, before the processor
     """
     form: Form
     skipped: tuple[tuple[str, str], ...]
@@ -272,12 +274,15 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         "image_count": list(counts),
         "tokens": [0] * len(joined),
         "scale": [1.0] * len(joined),
+        "pixels": [0] * len(joined),
     }
     for index, row in enumerate(kept):
         extras["row"][row.position] = row.name
         extras["index"][row.position] = index
         extras["tokens"][row.position] = row.tokens
         extras["scale"][row.position] = row.scale
+        sizes = [images.scaled(*size, row.scale) for size in row.sizes]
+        extras["pixels"][row.position] = sum(height * width for height, width in sizes)
     table = pa.Table.from_pydict(extras, schema=_EXTRAS.arrow_schema)
     beside = Dataset(table, info=DatasetInfo(features=_EXTRAS), fingerprint="extras")
     return concatenate_datasets([joined, beside], axis=1).select([row.position for row in kept])
