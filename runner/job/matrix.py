@@ -8,25 +8,14 @@ keys and wrong types; a value of an unexpected type matches no row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.job.shape import Finding, show
+from runner.job.cells import Section, is_count, is_number, texts
+from runner.job.matrix_adapters import adapted, quantized
+from runner.job.shape import Finding
 from runner.manifest import FORMATS, PAIRS, SORTING
 from runner.plan import sizes
-
-Section = dict[str, Any]
-
-TOWER_WORDS = ("vision_tower", "vision_model", "visual", "image_encoder", "vision_encoder")
-PROJECTOR_WORDS = ("projector", "connector", "modality_projection", "merger", "aligner")
-"""How models call the parts that `model.freeze` names."""
-INSIDE_THE_TOWER = re.compile(r"\bvisual[.\\]+(deepstack_)?merger")
-"""Qwen's projectors, which stand in the module of its tower."""
-
-NOT_ON_QUANTIZED = ("pissa", "mica", "loftq")
-FLOATS = ("bfloat16", "float16", "float32", "float64")
-NEEDS_A_PASS = ("eva", "corda", "lora_ga")
 
 HAS_F_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 """Values of DPOConfig.loss_type that DPOTrainer takes with another f_divergence_type than reverse_kl."""
@@ -84,11 +73,11 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     yield from _metric(job)
     yield from _vision(training)
     if isinstance(job.get("quantization"), dict):
-        yield from _quantization(quantization, has_lora=job.get("lora") is not None)
+        yield from quantized(quantization, has_lora=job.get("lora") is not None)
     if job.get("lora") is None and _section(job, "model").get("dtype") == "float16":
         reason = "full fine-tuning in float16: the gradient scaler refuses float16 gradients"
         yield Finding(("model", "dtype"), reason, "use bfloat16 or float32, or add a lora section")
-    yield from _lora(lora, quantization, freeze=_freeze(job))
+    yield from adapted(lora, quantization, freeze=_freeze(job))
     yield from _batch(training)
     if job.get("method") == "dpo":
         yield from _preference(training)
@@ -130,101 +119,20 @@ def _vision(training: Section) -> Iterator[Finding]:
         if training.get(key) is True:
             reason = "rows with images cannot be packed: their image tensors belong to one row each"
             yield Finding(("training", key), reason, "remove it; raise per_device_train_batch_size instead")
-    if _is_number(training.get("pad_to_multiple_of")):
+    if is_number(training.get("pad_to_multiple_of")):
         reason = "padding to a multiple is not implemented for rows with images"
         yield Finding(("training", "pad_to_multiple_of"), reason, "remove it")
-
-
-def _quantization(quantization: Section, *, has_lora: bool) -> Iterator[Finding]:
-    given = [quantization.get(key, False) for key in ("load_in_4bit", "load_in_8bit")]
-    bits = [value for value in given if value is True]
-    if len(bits) == 2:
-        reason = "load_in_4bit and load_in_8bit are both true"
-        yield Finding(("quantization", "load_in_8bit"), reason, "keep one of the two")
-    if given == [False, False]:
-        reason = "neither load_in_4bit nor load_in_8bit is true, so nothing would be quantized"
-        yield Finding(("quantization",), reason, "add load_in_4bit: true, or write quantization: null")
-    elif bits and not has_lora:
-        reason = "quantized weights cannot be trained, and there is no lora section"
-        yield Finding(("quantization",), reason, "add a lora section, or write quantization: null")
-
-
-def _lora(lora: Section, quantization: Section, *, freeze: list[str]) -> Iterator[Finding]:
-    targets = lora.get("target_modules")
-    if any(_matches(target, "lm_head", is_pattern=isinstance(targets, str)) for target in _texts(targets)):
-        reason = "an adapter on lm_head would never train: TRL multiplies its weight directly"
-        yield Finding(
-            ("lora", "target_modules"),
-            reason,
-            "leave lm_head out",
-        )
-    for key in ("target_modules", "modules_to_save"):
-        for part, words in (("vision_tower", TOWER_WORDS), ("projector", PROJECTOR_WORDS)):
-            named = next((text for text in _texts(lora.get(key)) if _names(text, words)), None)
-            if named is not None and part in freeze and not re.search(r"\(\?[!<]", named):
-                reason = f"{show(named)} names a part that model.freeze freezes ({part})"
-                yield Finding(("lora", key), reason, f"remove it, or take {part} out of model.freeze")
-    yield from _initial(lora, quantization)
-    if isinstance(targets, str):
-        for key in ("layers_to_transform", "layers_pattern"):
-            if lora.get(key) is not None:
-                reason = "it cannot be used when target_modules is text"
-                yield Finding(
-                    ("lora", key), reason, "write target_modules as a list, or put the layers in its pattern"
-                )
-    elif lora.get("layers_pattern") and lora.get("layers_to_transform") is None:
-        yield Finding(
-            ("lora", "layers_pattern"),
-            "it needs layers_to_transform",
-            "add layers_to_transform, or remove it",
-        )
-
-
-def _initial(lora: Section, quantization: Section) -> Iterator[Finding]:
-    initial, path = lora.get("init_lora_weights", True), ("lora", "init_lora_weights")
-    if isinstance(initial, str):
-        if quantization and initial.startswith(NOT_ON_QUANTIZED):
-            yield Finding(
-                path,
-                f"{initial} needs the weights before quantization",
-                "use true, gaussian or olora",
-            )
-        is_stored_as_floats = not quantization or quantization.get("bnb_4bit_quant_storage") in FLOATS
-        if initial == "orthogonal" and not is_stored_as_floats:
-            reason = "orthogonal takes the type of the stored weights, and quantized ones are integers"
-            yield Finding(path, reason, "use true, gaussian or olora")
-        if initial in NEEDS_A_PASS:
-            yield Finding(
-                path,
-                f"{initial} needs a pass over the data before training",
-                "use true, gaussian, orthogonal or olora",
-            )
-        if initial.startswith("pissa_niter_") and not quantization:
-            yield Finding(
-                path,
-                f"{initial} draws at random, and anew when the adapter is loaded: another than was trained",
-                "use pissa, which is exact",
-            )
-        if initial == "orthogonal" and _is_number(lora.get("r")) and lora["r"] % 2:
-            yield Finding(path, f"orthogonal needs an even rank, and r is {lora['r']}", "use an even r")
-        if initial == "loftq" and not lora.get("loftq_config"):
-            yield Finding(
-                path, "loftq needs loftq_config", "add loftq_config: {loftq_bits: 4, loftq_iter: 1}"
-            )
-    if lora.get("lora_bias") is True and (lora.get("use_dora") is True or not isinstance(initial, bool)):
-        reason = "lora_bias works neither with use_dora nor with another init_lora_weights"
-        yield Finding(("lora", "lora_bias"), reason, "remove it, or use plain LoRA")
 
 
 def _batch(training: Section) -> Iterator[Finding]:
     total = training.get("global_batch_size", 8)
     per_device = training.get("per_device_train_batch_size", "auto")
-    if _is_count(total) and _is_count(per_device) and total % per_device:
+    if is_count(total) and is_count(per_device) and total % per_device:
         reason = f"{per_device} per device does not divide global_batch_size {total}"
         usable = next(size for size in sizes(total) if size <= per_device)
         remedy = f"use {usable}, or another divisor"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
-    sorting = next((loss for loss in _texts(training.get("loss_type")) if loss in SORTING), None)
+    sorting = next((loss for loss in texts(training.get("loss_type")) if loss in SORTING), None)
     if per_device == "auto" and sorting is not None:
         reason = f"loss_type {sorting} sorts the pairs of a micro-batch, so its size is part of the loss"
         remedy = "write the number of pairs that shall be sorted together"
@@ -232,7 +140,7 @@ def _batch(training: Section) -> Iterator[Finding]:
 
 
 def _preference(training: Section) -> Iterator[Finding]:
-    losses, weights = _texts(training.get("loss_type", "sigmoid")), training.get("loss_weights")
+    losses, weights = texts(training.get("loss_type", "sigmoid")), training.get("loss_weights")
     if isinstance(weights, list) and len(weights) != len(losses):
         reason = f"{len(weights)} weights for {len(losses)} losses ({', '.join(losses)})"
         yield Finding(("training", "loss_weights"), reason, "write one weight for each entry of loss_type")
@@ -303,28 +211,3 @@ def _section(job: dict[str, Any], name: str) -> Section:
 def _freeze(job: dict[str, Any]) -> list[str]:
     freeze = _section(job, "model").get("freeze", ["vision_tower", "projector"])
     return [part for part in freeze if isinstance(part, str)] if isinstance(freeze, list) else []
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _matches(target: str, module: str, *, is_pattern: bool) -> bool:
-    """Whether PEFT would adapt `module`: by the end of its name in a list, by a pattern in a text."""
-    return module in re.split(r"[.|()]", target) if is_pattern else target.split(".")[-1] == module
-
-
-def _names(text: str, words: tuple[str, ...]) -> bool:
-    """Whether a module's name or a pattern contains one of the words of a part."""
-    own = INSIDE_THE_TOWER.sub("merger", text)
-    return any(word in own for word in words)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_number(value) and 1 <= value < 2**31
