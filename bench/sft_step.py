@@ -4,7 +4,8 @@
 and projector frozen, LoRA on the text model, gradient checkpointing on (TRL's default), float32.
 Both train the same rows in the same order from the same seed in processes of their own, in turn; the
 ratio is of the medians of all steps but each process's first. Prints the largest difference of a
-step's loss and the peak memory of both.
+step's loss and the peak memory of both. Part of the ratio belongs to CPUs: on a GPU, TRL
+too projects only the tokens that carry loss through the head.
 
 Run as `make bench` or `python bench/sft_step.py`.
 """

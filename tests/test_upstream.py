@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 
 import pytest
+import torch
+import trl.kernels.chunked_logprob
+import trl.trainer.utils
 from transformers import Trainer
 from trl import DPOTrainer, SFTTrainer
 
@@ -66,3 +70,13 @@ def test_every_override_is_listed_here() -> None:
     }
     ours = {name for name in ours if not name.startswith("__")}
     assert ours == {*SIGNATURES, "_run_epoch", "evaluate"}
+
+
+def test_the_head_projects_only_labelled_tokens_where_it_is_told_that_triton_runs() -> None:
+    """`runner.train.methods` says so of CPUs; the kernel's own choice is by another name and stays."""
+    source = inspect.getsource(trl.trainer.utils.add_fused_lm_head)
+    assert "compact = _use_triton(hidden_states.device)" in source
+    assert "hidden_states[mask] if compact" in source
+    importlib.import_module("runner.train.methods")
+    assert trl.trainer.utils._use_triton(torch.device("cpu"))
+    assert not trl.kernels.chunked_logprob._use_triton(torch.device("cpu"))

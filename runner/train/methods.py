@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import trl.trainer.utils
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from transformers.utils import ModelOutput
@@ -27,6 +28,11 @@ from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory
 from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
+
+# TRL (1.16) projects only the tokens that carry loss through the head where Triton runs, and every token
+# elsewhere, for devices that compile anew for every shape. A CPU does not: at the bench's proportions
+# that was a fifth of a step. The kernel itself asks for Triton by another module's name.
+trl.trainer.utils._use_triton = lambda device: True
 
 REFERENCE = "ref"
 """Name of the frozen copy of the adapter that DPOTrainer makes (trl 1.16)."""
