@@ -1,4 +1,4 @@
-"""One contract for both stores, the bucket behind a real server and a proxy that plays every fault."""
+"""One contract for all stores, the bucket behind a real server and a proxy that plays every fault."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from runner.checkpoint.folder import KEPT, FolderStore
+from runner.checkpoint.memory import MemoryStore
 from runner.checkpoint.s3 import S3Store, Settings
 from runner.checkpoint.s3_errors import Meaning, meaning
 from runner.checkpoint.s3_parts import cut
@@ -77,10 +78,12 @@ def bucket(server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Buck
         store.close()
 
 
-@pytest.fixture(params=["s3", "folder"])
+@pytest.fixture(params=["s3", "folder", "memory"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "folder":
         return FolderStore(tmp_path / "store")
+    if request.param == "memory":
+        return MemoryStore()
     bucket: Bucket = request.getfixturevalue("bucket")
     store: Store = bucket.store
     return store
