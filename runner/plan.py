@@ -104,9 +104,11 @@ def sizes(global_batch_size: int, world: int = 1) -> list[int]:
         12      1    12, 6, 4, 3, 2, 1
         12      4    3, 1
     """
-    return [
-        size for size in range(global_batch_size // world, 0, -1) if global_batch_size % (size * world) == 0
-    ]
+    each, rest = divmod(global_batch_size, world)
+    if rest:
+        return []
+    small = [size for size in range(1, math.isqrt(each) + 1) if each % size == 0]
+    return sorted({*small, *(each // size for size in small)}, reverse=True)
 
 
 def smaller(cut: Geometry) -> Geometry | None:

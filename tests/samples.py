@@ -17,7 +17,7 @@ from trl.chat_template_utils import smolvlm_chat_template
 
 from runner.demo import resolve_model
 from runner.manifest import Datasets, Source
-from runner.train.data import Rows, load
+from runner.train.data.rows import Rows, load
 
 LIMIT = 512
 

@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForImageTextToText
 from transformers import PaliGemmaProcessor as Published
 
 from runner.errors import DataError
-from runner.train import model as models
-from runner.train.architectures import ARCHITECTURES, PARTS, parts
-from runner.train.collator import Collator, images
-from runner.train.data import Rows
-from runner.train.paligemma import PaliGemmaProcessor
+from runner.train.data.collator import Collator, images
+from runner.train.data.rows import Rows
+from runner.train.models import model as models
+from runner.train.models.architectures import ARCHITECTURES, PARTS, parts
+from runner.train.models.paligemma import PaliGemmaProcessor
 from tests import samples
 from tests.test_model import job
 from tests.tiny_models import MAKERS, NEED_TORCHVISION, save
@@ -119,7 +119,7 @@ def test_every_row_has_a_tiny_model() -> None:
 
 
 def test_an_unknown_architecture_says_how_to_add_it() -> None:
-    with pytest.raises(DataError, match=r"add a row .* to runner/train/architectures\.py"):
+    with pytest.raises(DataError, match=r"add a row .* to runner/train/models/architectures\.py"):
         parts("bert")
 
 
@@ -257,6 +257,23 @@ def test_paligemma_reads_its_prompt_in_both_directions_and_its_answer_in_one(
     whole = logits(int((batch["input_ids"][0] == processor.tokenizer.bos_token_id).int().argmax()))
     assert torch.equal(logits(-1)[:-1], whole[:-1])
     assert not torch.equal(logits(first - 2)[: first - 2], whole[: first - 2])
+
+
+def test_paligemma_learns_one_answer_a_row(
+    paligemma: tuple[str, PaliGemmaProcessor, Rows], tmp_path: Path
+) -> None:
+    processor = paligemma[1]
+    turns = [{"user": "How many?", "assistant": "2"}, {"user": "And now?", "assistant": "3"}]
+    (tmp_path / "0.png").write_bytes(samples.png())
+
+    def load(*rows: dict[str, Any]) -> Rows:
+        file = samples.jsonl(tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl", list(rows))
+        return samples.rows(processor, (samples.source(file.name, format="cauldron"), file))
+
+    with pytest.raises(DataError, match=r"learns one answer a row.*Remedy: make a row of every turn"):
+        load({"images": ["0.png"], "texts": turns})
+    with pytest.raises(DataError, match=r"row 1: the processor refuses the row: .*without an image"):
+        load({"images": ["0.png"], "texts": turns[:1]}, {"images": [], "texts": turns[:1]})
 
 
 def test_paligemma_takes_no_prompt_without_an_image(

@@ -15,19 +15,22 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from trl import SFTTrainer
 
 from runner import launch
-from runner.errors import OutOfMemory
+from runner.errors import OutOfMemory, RunnerError
 from runner.plan import Geometry
 from runner.settings import resolve
 from runner.train import probe, rng
 from runner.train import run as sequence
 from runner.train.channel import Channel
-from runner.train.collator import Collator
+from runner.train.data.collator import Collator
 from runner.train.memory import is_out_of_memory
+from runner.train.models.model import load_adapter
 from runner.train.trainer import RunTrainer
 from tests.attempts import JOB, charts, merged, planned, run, steps
-from tests.samples import chartqa, png, rows, smolvlm, source
+from tests.samples import chartqa, llava_next, png, rows, smolvlm, source
 
 CAPPED = Path(__file__).with_name("capped_trainer.py")
 AUTO = {"training": {"per_device_train_batch_size": "auto"}}
@@ -326,3 +329,39 @@ def test_a_run_that_runs_out_of_memory_ends_as_one_that_began_with_what_fits(
     assert all(len(step["rows"]) == 8 for step in ours)
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], abs=1e-5)
+
+
+def test_the_largest_row_is_found_among_many_longer_ones(tmp_path: Path) -> None:
+    """With a processor whose tiles grow with the image."""
+    processor = llava_next(smolvlm())
+    questions = [*["What? " * 100] * 9, "What?"]
+    folder = chartqa(tmp_path / "charts", [*[png(0, 40, 40)] * 9, png(1, 168, 168)], query=questions)
+    prepared = rows(processor, (source(), folder), limit=4096)
+    worst = probe._worst(prepared, Collator(processor, prepared.form, torch.float32))
+    assert (worst.longest["index"], worst.largest["index"]) == (0, 9)
+
+
+# --- where no micro-batch is to blame ---
+
+
+def beyond(*_arguments: Any, **_options: Any) -> None:
+    torch.empty(1 << 50, dtype=torch.uint8)
+
+
+def test_out_of_memory_while_the_trainer_is_built_is_no_bad_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SFTTrainer, "__init__", beyond)
+    plan = planned(tmp_path, {})
+    with pytest.raises(RunnerError, match="the model does not fit the device") as ended:
+        sequence.train(plan, Channel(plan.attempt_dir, None))
+    assert ended.value.exit_code == 1
+
+
+def test_out_of_memory_while_an_adapter_is_loaded_is_no_bad_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PeftModel, "from_pretrained", beyond)
+    with pytest.raises(RuntimeError) as ended:
+        load_adapter(torch.nn.Module(), tmp_path)
+    assert is_out_of_memory(ended.value)

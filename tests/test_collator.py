@@ -17,10 +17,10 @@ from transformers import ProcessorMixin
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.turns import turn_template
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.data.turns import turn_template
 from tests.samples import chartqa, idefics2, llava_next, picture, png, rows, smolvlm, source
 
 OURS = {"row_index", "image_count"}
@@ -202,6 +202,13 @@ def test_audit_prints_what_carries_loss(tmp_path: Path, processor: ProcessorMixi
     assert "prompt ends  " in text
     assert "long question?<end_of_utterance>\\nAssistant:'" in text
     assert "loss on      ' 12<end_of_utterance>\\n'" in text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_audit_looks_at_every_row_of_a_few(count: int, tmp_path: Path, processor: ProcessorMixin) -> None:
+    made = rows(processor, (source(), chartqa(tmp_path / "charts", [png()] * count)))
+    lines = audit(made, Collator(processor, made.form, torch.float32), processor, samples=3)
+    assert lines[0] == f"label audit: {count} of {count} rows"
 
 
 def test_audit_of_conversations_and_of_rows_without_images(tmp_path: Path, processor: ProcessorMixin) -> None:

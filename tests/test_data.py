@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 from transformers import ProcessorMixin
 
 from runner.errors import DataError
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.tokens import Counted, TokenCounter
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.data.tokens import Counted, TokenCounter
 from tests.samples import (
     COLUMNS,
     broken,
@@ -167,6 +167,16 @@ def test_prompt_completion_as_texts_and_as_messages(tmp_path: Path, processor: P
     assert texts(made.dataset[0]["prompt"]) == [("user", ["<image>", "Two plus two?"])]
     assert texts(made.dataset[1]["prompt"])[0] == ("user", ["<image>", "Hello"])
     assert [texts(row["completion"]) for row in made.dataset] == [[("assistant", ["4"])]] * 2
+
+
+def test_a_class_that_is_missing_is_a_bad_row(tmp_path: Path, processor: ProcessorMixin) -> None:
+    features = Features({"image": Image(), "query": Value("string"), "label": List(ClassLabel(names=["a"]))})
+    columns = {"image": [{"bytes": png(), "path": None}] * 2, "query": ["?"] * 2, "label": [[0], [0, None]]}
+    file = tmp_path / "classes.parquet"
+    Dataset.from_dict(columns, features=features).to_parquet(file)
+    named = source("classes", columns={"question": "query", "answer": "label"})
+    with pytest.raises(DataError, match="row 1: empty answer"):
+        rows(processor, (named, file))
 
 
 def test_numbers_from_csv_become_text(tmp_path: Path, processor: ProcessorMixin) -> None:

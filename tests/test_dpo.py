@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer
 
+from runner.errors import DataError, JobError
+from runner.job import matrix
 from runner.manifest import Job
 from runner.schema.generate import DPO_LOSSES
-from runner.train import adapter, methods, state
-from runner.train import model as models
+from runner.train import methods, state
 from runner.train.callbacks import SaveAndStop
-from runner.train.collator import Collator
-from runner.train.data import Rows, load
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows, load
+from runner.train.models import adapter
+from runner.train.models import model as models
 from tests.attempts import JOB, merged, pairs, run, steps
 from tests.plain import plain_trl
 
@@ -77,18 +83,20 @@ def built(job: Job, data: Path, *, start: Path | None = None, batch: int = 8, cu
         **job.training.options,
     )
     rows = rows_of(job, data)
-    trainer = methods.trainer(
-        arguments,
-        method="dpo",
-        model=model,
-        reference=None,
-        keep_reference_adapter=adapter.keeps_reference(job),
-        processor=processor,
-        collator=Collator(processor, rows.form, torch.float32),
-        rows=rows,
-        eval_rows=None,
-        control=SaveAndStop(save_steps=None, save_seconds=1e9, stop_requested=lambda: False),
-    )
+    keeps_reference = adapter.keeps_reference(job)
+    with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
+        trainer = methods.trainer(
+            arguments,
+            method="dpo",
+            model=model,
+            reference=None,
+            keep_reference_adapter=keeps_reference,
+            processor=processor,
+            collator=Collator(processor, rows.form, torch.float32),
+            rows=rows,
+            eval_rows=None,
+            control=SaveAndStop(save_steps=None, save_seconds=1e9, stop_requested=lambda: False),
+        )
     assert isinstance(trainer, methods.DpoRun)
     return trainer
 
@@ -124,7 +132,7 @@ def test_every_loss_takes_a_step(data: Path, name: str) -> None:
     (batch,) = micro_batches(trainer, 1)
     for extra in ("row_index", "image_count"):
         del batch[extra]
-    trainer._chosen_tokens = int(methods._chosen(batch["completion_mask"]).sum())
+    trainer._get_num_items_in_batch([batch], trainer.args.device)  # as the loop does, and the probe
     trainer.current_gradient_accumulation_steps = 1
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
@@ -136,6 +144,36 @@ def test_every_loss_takes_a_step(data: Path, name: str) -> None:
     assert upstreams.item() == pytest.approx(loss.item())
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss_type": "exo_pair"}, "greater than 0.0"),
+        ({"loss_type": "aot", "use_weighting": True}, "'aot' or 'aot_unpaired'"),
+        (
+            {"loss_type": "nca_pair", "f_divergence_type": "forward_kl"},
+            re.escape(str(sorted(matrix.HAS_F_DIVERGENCE))),
+        ),
+    ],
+)
+def test_trl_refuses_what_the_matrix_does(data: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobError, match=reason):
+        built(dpo_job(training=options), data)
+
+
+def test_trl_refuses_a_bias(data: Path) -> None:
+    with pytest.raises(JobError, match="only 1 adapter with bias"):
+        built(dpo_job(lora={"bias": "all"}), data)
+
+
+def test_trl_cannot_weight_its_sft_term(data: Path) -> None:
+    trainer = built(dpo_job(training={"loss_type": "sft", "use_weighting": True}), data)
+    (batch,) = micro_batches(trainer, 1)
+    del batch["row_index"], batch["image_count"]
+    trainer.loss_types, trainer.loss_weights = ["sft"], [1.0]
+    with pytest.raises(RuntimeError, match="single memory location"):
+        DPOTrainer._compute_loss(trainer, trainer.model, batch, False)
+
+
 def test_the_sft_term_does_not_depend_on_the_cut(data: Path) -> None:
     """1 x 8, 2 x 4 and 8 x 1: one loss and one gradient; upstream's own differ between the cuts."""
     options = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
@@ -143,7 +181,7 @@ def test_the_sft_term_does_not_depend_on_the_cut(data: Path) -> None:
     for cut in (1, 2, 8):
         trainer = built(dpo_job(training=options), data, batch=8 // cut, cut=cut)
         batches = micro_batches(trainer, cut)
-        trainer._chosen_tokens = sum(int(methods._chosen(one["completion_mask"]).sum()) for one in batches)
+        trainer._get_num_items_in_batch(batches, trainer.args.device)
         trainer.current_gradient_accumulation_steps = cut
         total = 0.0
         for one in batches:
@@ -205,29 +243,100 @@ def test_an_adapter_goes_on_in_full_and_is_its_own_reference(sft_run: Path, data
     start = sft_run / "adapter" if kind == "adapter" else next((sft_run / "outbox").iterdir())
     trained = load_file(sft_run / "adapter" / "adapter_model.safetensors")
     job = dpo_job(quantization=FOUR_BIT, lora={"init_from": str(start)})
-    with_values = built_with_values(job, data, start)
-    for name, value in state.trainable(with_values.model).items():
+    trainer = built(job, data, start=start)
+    for name, value in state.trainable(trainer.model).items():
         saved = trained[name.replace(".default", "")]
         assert value.dtype == torch.float32 and torch.equal(value, saved), "not rounded on the way"
-    reference = {name: value for name, value in with_values.model.named_parameters() if ".ref." in name}
+    reference = {name: value for name, value in trainer.model.named_parameters() if ".ref." in name}
     assert reference and not any(value.requires_grad for value in reference.values())
     for name, value in reference.items():
         assert torch.equal(value, trained[name.replace(".ref", "")])
 
 
-def built_with_values(job: Job, data: Path, start: Path) -> methods.DpoRun:
-    """As `runner.train.run` builds it: with the values of the adapter kept."""
-    from runner.train.adapter import values_kept
+INITIAL: dict[str, tuple[Any, dict[str, Any] | None]] = {
+    "pissa": ("pissa", None),
+    "olora": ("olora", None),
+    "olora, 4-bit": ("olora", FOUR_BIT),
+    "random, 4-bit": (False, FOUR_BIT),
+}
+"""Initial weights that are not zero, or that move the base; the base's quantization."""
 
-    original = methods.trainer
 
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        with values_kept(kwargs["model"]):
-            return original(*args, **kwargs)
+@pytest.mark.parametrize("case", INITIAL)
+def test_an_adapter_that_does_not_begin_at_zero_is_its_own_reference(
+    tmp_path: Path, data: Path, case: str
+) -> None:
+    """The baseline is what training starts from, and what is exported is what was trained: an evaluation of
+    it over a new base agrees with the run's own."""
+    initial, quantization = INITIAL[case]
+    changes = merged(
+        DPO,
+        {
+            "quantization": quantization,
+            "lora": {"init_lora_weights": initial},
+            "datasets": {"eval": DPO["datasets"]["train"]},
+            "training": {"max_steps": 1, "per_device_train_batch_size": 8},
+            "evaluation": {"batch_size": 16, "max_new_tokens": 2},
+        },
+    )
+    outcome, events = run(tmp_path / "run", changes, data=data)
+    assert outcome["outcome"] == "done"
+    assert steps(events)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+    assert outcome["metrics"]["after"]["reward_accuracy"]["overall"] > 0.8
+    exported = tmp_path / "run" / "adapter"
+    assert json.loads((exported / "adapter_config.json").read_text())["init_lora_weights"] == initial
+    again, _ = run(tmp_path / "again", changes, data=data, purpose="evaluate", adapter=exported)
+    margins = [
+        metrics["preference_margin"]["overall"]
+        for metrics in (outcome["metrics"]["after"], again["metrics"]["adapter"])
+    ]
+    assert margins[0] == pytest.approx(margins[1], abs=1e-2)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(methods, "trainer", keeping)
-        return built(job, data, start=start)
+
+def cut_short(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def configured(folder: Path, **changes: Any) -> None:
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (cut_short, "cannot load .*: Error while deserializing header"),
+        (
+            lambda folder: configured(folder, init_lora_weights="pissa"),
+            "cannot load .*: Please initialize PiSSA",
+        ),
+        (
+            lambda folder: configured(folder, target_modules=["q_proj"]),
+            "are not this model's; the first of 48 is",
+        ),
+        (lambda folder: configured(folder, use_dora=True), "are not this model's; the first of 28 is"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_whole_is_refused(
+    tmp_path: Path, sft_run: Path, change: Callable[[Path], object], reason: str
+) -> None:
+    start = shutil.copytree(sft_run / "adapter", tmp_path / "start")
+    change(start)
+    job = dpo_job(lora={"init_from": str(start)}, quantization=FOUR_BIT)
+    with pytest.raises(DataError, match=f"lora.init_from: .*{reason}"):
+        adapter.adapted(models.load_base(job, folder_of(job)), job, start)
+
+
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path: Path, sft_run: Path) -> None:
+    """Of rank 1 it would be broadcast."""
+    values = load_file(next((sft_run / "outbox").iterdir()) / state.PARAMETERS)
+    cut = {name: value[:1] if "lora_A" in name else value[:, :1] for name, value in values.items()}
+    save_file({name: value.contiguous() for name, value in cut.items()}, tmp_path / state.PARAMETERS)
+    job = dpo_job(lora={"init_from": str(tmp_path)})
+    with pytest.raises(DataError, match="parameters are not this model's; the first is"):
+        adapter.adapted(models.load_base(job, folder_of(job)), job, tmp_path)
 
 
 def test_only_the_trained_adapter_is_exported(tmp_path: Path, sft_run: Path, data: Path) -> None:
@@ -254,8 +363,10 @@ def test_other_keys_of_lora_must_be_those_of_the_adapter(tmp_path: Path, sft_run
     assert "lora.r" in outcome["error"] and "has 4" in outcome["error"]
 
 
-def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_full_fine_tuning_has_a_second_model_as_reference(tmp_path: Path, data: Path, dtype: str) -> None:
     changes = merged(DPO, {"lora": None, "training": {"max_steps": 2, "per_device_train_batch_size": 8}})
+    changes = merged(changes, {"model": {"dtype": dtype}})
     outcome, events = run(tmp_path / "run", changes, data=data)
     assert outcome["outcome"] == "done"
     assert steps(events)[0]["loss"] == pytest.approx(0.693147, abs=1e-5)

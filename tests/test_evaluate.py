@@ -20,9 +20,9 @@ from transformers import (
 
 from runner.demo import resolve_model
 from runner.manifest import Evaluation as Spec
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.evaluate import Evaluation, evaluate, greedy
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.evaluation.evaluate import Evaluation, evaluate, greedy
 from tests.samples import chartqa, png, rows, smolvlm, source
 
 MODEL = str(resolve_model("demo:smolvlm-tiny"))
@@ -125,7 +125,7 @@ def test_what_the_answers_are_makes_the_verdict(
 ) -> None:
     answers = iter([["0", " 1.04 "], ["2", "x"], ["4"]])
     monkeypatch.setattr(
-        "runner.train.evaluate._generate", lambda *_: [text.strip() for text in next(answers)]
+        "runner.train.evaluation.evaluate._generate", lambda *_: [text.strip() for text in next(answers)]
     )
     found = run(float32(), processor, made)
     assert [record["relaxed_accuracy"] for record in found.records] == [True, True, True, False, True]

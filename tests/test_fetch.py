@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 
+from runner.checkpoint.files import seal
 from runner.errors import AccessDenied, DataError, StorageError
 from runner.manifest import Job
 from runner.supervisor import fetch
@@ -126,6 +127,47 @@ def test_what_is_missing_or_wrong_is_named(tmp_path: Path, monkeypatch: pytest.M
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(DataError, match=r"has no .safetensors; pickled weights are not loaded"):
         fetch.fetch(Request(job=job("./model", "rows.jsonl"), train=True, pins={}), {}, lambda event: None)
+
+
+def started(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Request:
+    """A request for a job that starts from `start` in the current folder."""
+    monkeypatch.chdir(folder)
+    (folder / "rows.jsonl").write_text("{}\n")
+    local_model(folder / "model")
+    (folder / "start").mkdir()
+    wanted = job("./model", "rows.jsonl").model_copy(update={"lora": {"init_from": "start"}})
+    return Request(job=wanted, train=True, pins={})
+
+
+def test_an_adapter_to_start_from_is_known_by_every_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = started(tmp_path, monkeypatch)
+    (tmp_path / "start" / "adapter_config.json").write_text("{}")
+    weights = tmp_path / "start" / "adapter_model.safetensors"
+    prints = set()
+    for content in (bytes(300_000), bytes(150_000) + b"1" + bytes(149_999)):
+        weights.write_bytes(content)
+        answer = fetch.fetch(request, {}, lambda event: None)
+        assert answer.fetched.init_from == str(tmp_path / "start")
+        prints.add(answer.fingerprints["start"])
+    assert len(prints) == 2
+    (tmp_path / "model" / "config.json").unlink()  # it is looked at before anything is downloaded
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(DataError, match=r"init_from start: .* pickled weights are not loaded"):
+        fetch.fetch(request, {}, lambda event: None)
+
+
+def test_a_checkpoint_to_start_from_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = started(tmp_path, monkeypatch)
+    parameters = tmp_path / "start" / "parameters.safetensors"
+    parameters.write_bytes(b"values")
+    seal(tmp_path / "start", id="start", step=1, parent=None, extra={})
+    answer = fetch.fetch(request, {}, lambda event: None)
+    assert answer.fetched.init_from == str(tmp_path / "start")
+    parameters.write_bytes(b"valuez")
+    with pytest.raises(DataError, match=r"init_from start: checkpoint start: parameters.safetensors has SHA"):
+        fetch.fetch(request, {}, lambda event: None)
 
 
 def test_demo_charts_are_known_by_the_version_of_their_generator(

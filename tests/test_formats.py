@@ -18,13 +18,13 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.demo import resolve_model
 from runner.errors import DataError
-from runner.train import turns
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.formats import Converted, Reading, convert
-from runner.train.sources import image_lists, shown_images
-from runner.train.turns import turn_template
+from runner.train.data import turns
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.formats import Converted, Reading, convert
+from runner.train.data.rows import Rows
+from runner.train.data.sources import image_lists, shown_images
+from runner.train.data.turns import turn_template
 from tests.samples import idefics2, jsonl, llava_next, picture, png, rows, smolvlm, source
 
 END = "<end_of_utterance>\n"
@@ -84,6 +84,13 @@ def talk(*turns: list[int | str | None]) -> list[dict[str, Any]]:
     """Messages of user and assistant in turn: a text is a text part, a number or None an image part."""
     roles = itertools.cycle(("user", "assistant"))
     return [{"role": next(roles), "content": [part(value) for value in turn]} for turn in turns]
+
+
+def said_by(*roles: str) -> list[dict[str, Any]]:
+    """A word of each; an image before the first of the user's."""
+    messages: list[dict[str, Any]] = [{"role": role, "content": [part("word")]} for role in roles]
+    messages[roles.index("user")]["content"].insert(0, part(0))
+    return messages
 
 
 def llava(folder: Path, *entries: tuple[list[int], list[dict[str, Any]]]) -> Path:
@@ -230,6 +237,48 @@ def test_image_parts_show_images_by_their_index(parts: list[Any], images: int, o
 )
 def test_an_index_that_means_nothing_is_named(parts: list[Any], reason: str) -> None:
     assert shown(*parts)["problem"] == reason
+
+
+@pytest.mark.parametrize(("parts", "problem"), [([0, 1], False), ([None, None], False), ([1, 0], True)])
+@pytest.mark.parametrize("format", ["messages", "prompt_completion"])
+def test_an_index_is_not_passed_over(format: Any, parts: list[Any], problem: bool) -> None:
+    """Other formats show images in their order, and would show these in another one than the row says."""
+    asked, answer = talk([*parts, "?"], ["!"])
+    row = {"messages": [asked, answer], "prompt": [asked], "completion": "!"}
+    reading = Reading(format, {name: name for name in row}, None, None, {}, "<image>")
+    said = "its image parts name the images 1, 0: only format llava reads the index"
+    assert convert(row, 2, reading)["problem"] == (said if problem else None)
+
+
+ALTERNATING = """
+{%- for message in messages -%}
+{%- if (message.role == "user") != (loop.index0 % 2 == 0) -%}
+{{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+{%- endif -%}
+{{ message.role }}:{% for part in message.content %}{{ part.text or "<image>" }}{% endfor %}<end_of_utterance>
+{%- endfor -%}
+{%- if add_generation_prompt %}assistant:{% endif -%}
+"""
+"""As Gemma 3 and Mistral have it."""
+
+
+@pytest.mark.parametrize(
+    ("template", "roles", "reason"),
+    [
+        (ALTERNATING, ("user", "user", "assistant"), "chat template refuses it: .*alternate"),
+        (ALTERNATING, ("user", "assistant", "assistant"), "chat template refuses it: .*alternate"),
+        (None, ("assistant", "user", "assistant"), "it begins with an answer to nothing"),
+    ],
+)
+def test_turns_that_the_template_does_not_take_are_a_bad_row(
+    template: str | None, roles: tuple[str, ...], reason: str, tmp_path: Path, processor: ProcessorMixin
+) -> None:
+    made_by = idefics2(processor)
+    made_by.chat_template = template or made_by.chat_template
+    file = llava(tmp_path, ([0], talk([0, "?"], ["!"])), ([0], said_by(*roles)))
+    with pytest.raises(DataError, match=rf"llava\.parquet\[train\] row 1: .*{reason}"):
+        loaded(made_by, "llava", file)
+    assert loaded(made_by, "llava", file, on_bad_row="skip").dataset["index"][:] == [0]
 
 
 def test_a_wrong_index_names_the_row(tmp_path: Path, processor: ProcessorMixin) -> None:

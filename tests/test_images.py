@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from runner.train.images import BadImage, Stored, inspect, open_image, scaled
+from runner.train.data.images import BadImage, Stored, inspect, open_image, scaled
 from tests.samples import broken, cmyk, encoded, grey16, palette, picture, png, sideways
 
 

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 
 from runner.manifest import Job
-from runner.train import adapter, methods, state
-from runner.train import model as models
+from runner.train import methods, state
+from runner.train.facts import weight_bytes
+from runner.train.models import adapter
+from runner.train.models import model as models
 from tests.attempts import JOB, merged, planned, run, steps
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -30,11 +32,6 @@ def base_of(job: Job) -> Any:
     return models.load_base(job, str(resolve_model(job.model.name_or_path)))
 
 
-def weights(base: Any) -> int:
-    """Bytes of a model's parameters as they lie in memory."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in base.parameters())
-
-
 def text_linears(base: Any, kind: type) -> list[Any]:
     return [module for name, module in base.named_modules() if isinstance(module, kind) and "text" in name]
 
@@ -47,16 +44,34 @@ def test_the_weights_have_the_dtype(dtype: str) -> None:
 
 def test_each_step_down_in_bits_is_smaller() -> None:
     sizes = [
-        weights(base_of(job_with(**changes)))
+        weight_bytes(base_of(job_with(**changes)))
         for changes in (
             {"model": {"dtype": "float32", "freeze": []}},
             {"model": {"dtype": "bfloat16", "freeze": []}},
             {"model": {"dtype": "bfloat16", "freeze": []}, "quantization": {"load_in_8bit": True}},
             {"model": {"dtype": "bfloat16", "freeze": []}, "quantization": NF4},
+            {
+                "model": {"dtype": "bfloat16", "freeze": []},
+                "quantization": {**NF4, "bnb_4bit_use_double_quant": True},
+            },
         )
     ]
-    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 4
-    assert sizes[1] == sizes[0] / 2
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 5
+    assert sizes[1] == pytest.approx(sizes[0] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(("double", "bits"), [(False, 4.5), (True, 4.127)])
+def test_a_four_bit_weight_has_its_scales(double: bool, bits: float) -> None:
+    """64 weights share a float32 scale; doubly quantized a byte, and 256 of those a float32."""
+    linear = Linear4bit(1024, 1024, bias=False, quant_type="nf4", compress_statistics=double).to("cpu")
+    assert weight_bytes(linear) * 8 / 1024**2 == pytest.approx(bits, abs=0.001)
+
+
+def test_adapters_are_no_weights_of_the_base() -> None:
+    job = job_with(lora={"use_dora": True})
+    base = base_of(job)
+    before = weight_bytes(base)
+    assert weight_bytes(adapter.adapted(base, job, None)) == before
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

@@ -36,10 +36,12 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"init_lora_weights": "pissa_niter_4"}, "quantization": BITS}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "mica"}, "quantization": BITS}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "pissa_niter_4"}}, ("lora", "init_lora_weights")),
+    ({"lora": {"init_lora_weights": "orthogonal"}, "quantization": BITS}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "eva"}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "orthogonal", "r": 7}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "loftq"}}, ("lora", "init_lora_weights")),
     ({"lora": {"lora_bias": True, "use_dora": True}}, ("lora", "lora_bias")),
+    ({**DPO, "lora": {"bias": "lora_only"}}, ("lora", "bias")),
     ({"lora": {"target_modules": "all-linear", "layers_to_transform": [1]}}, ("lora", "layers_to_transform")),
     ({"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers"}}, ("lora", "layers_pattern")),
     (
@@ -53,6 +55,27 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
             "training": {"loss_type": ["sft", "aot_unpaired"], "per_device_train_batch_size": "auto"},
         },
         ("training", "per_device_train_batch_size"),
+    ),
+    ({**DPO, "training": {"loss_weights": [1.0, 2.0]}}, ("training", "loss_weights")),
+    (
+        {**DPO, "training": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}},
+        ("training", "loss_weights"),
+    ),
+    ({**DPO, "training": {"loss_type": ["sigmoid", "exo_pair"]}}, ("training", "loss_type")),
+    (
+        {**DPO, "training": {"f_divergence_type": "forward_kl", "loss_type": "nca_pair"}},
+        ("training", "f_divergence_type"),
+    ),
+    (
+        {**DPO, "training": {"use_weighting": True, "loss_type": ["sigmoid", "sft"]}},
+        ("training", "use_weighting"),
+    ),
+    (
+        {
+            **DPO,
+            "training": {"use_weighting": True, "loss_type": "aot", "per_device_train_batch_size": 4},
+        },
+        ("training", "use_weighting"),
     ),
     ({"training": {"eval_strategy": "steps"}}, ("training", "eval_strategy")),
     ({"training": {"eval_on_start": True}}, ("training", "eval_on_start")),
@@ -76,9 +99,24 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"model": {"name_or_path": "x", "dtype": "float32"}, "lora": {"r": 8}, "quantization": BITS},
     {"model": {"name_or_path": "x", "freeze": []}, "lora": {"target_modules": ["vision_model.q_proj"]}},
     {"lora": {"target_modules": r"^(?!.*vision_model).*q_proj$"}},
+    # Qwen's projector stands inside the tower's module.
+    {
+        "model": {"name_or_path": "x", "freeze": ["vision_tower"]},
+        "lora": {"target_modules": ["visual.merger.mlp.0", "visual.deepstack_merger_list.0.linear_fc1"]},
+    },
+    {
+        "model": {"name_or_path": "x", "freeze": ["vision_tower"]},
+        "lora": {"target_modules": r"model\.visual\.merger\..*"},
+    },
     {"lora": {"modules_to_save": ["lm_head"], "target_modules": "all-linear"}},
     {"lora": {"init_lora_weights": "olora"}, "quantization": BITS},
+    {"lora": {"bias": "lora_only"}},
+    {**DPO, "lora": {"bias": "none"}},
     {"lora": {"init_lora_weights": "orthogonal", "r": 8}},
+    {
+        "lora": {"init_lora_weights": "orthogonal"},
+        "quantization": {**BITS, "bnb_4bit_quant_storage": "bfloat16"},
+    },
     {"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers", "layers_to_transform": [1]}},
     {**EVAL, "evaluation": {}, "training": {"eval_strategy": "steps", "eval_on_start": True}},
     {**EVAL, "evaluation": {"metric": "exact_match"}},
@@ -96,6 +134,10 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"training": {"logging_steps": 0.1, "eval_steps": 2.0}},
     {**DPO, "training": {"loss_type": "aot", "per_device_train_batch_size": 4}},
     {**DPO, "training": {"loss_type": ["sigmoid", "sft"], "per_device_train_batch_size": "auto"}},
+    {**DPO, "training": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}},
+    {**DPO, "training": {"loss_type": "exo_pair", "label_smoothing": 1e-3}},
+    {**DPO, "training": {"f_divergence_type": "forward_kl", "loss_type": ["ipo", "sft"]}},
+    {**DPO, "training": {"use_weighting": True, "loss_type": ["sigmoid", "bco_pair"]}},
 ]
 """One step beside the rows: upstream can do these."""
 
@@ -131,6 +173,13 @@ def test_peft_refuses_the_same(lora: dict[str, Any]) -> None:
         LoraConfig(**lora)
 
 
+def test_dpo_config_refuses_weights_of_another_number(tmp_path: Any) -> None:
+    from trl import DPOConfig
+
+    with pytest.raises(ValueError, match="same length"):
+        DPOConfig(output_dir=str(tmp_path), use_cpu=True, loss_weights=[1.0, 2.0])
+
+
 @pytest.mark.parametrize("initial", ["pissa", "pissa_niter_4", "mica"])
 def test_peft_refuses_these_initial_weights_on_a_quantized_base(initial: str) -> None:
     import bitsandbytes as bnb
@@ -142,6 +191,23 @@ def test_peft_refuses_these_initial_weights_on_a_quantized_base(initial: str) ->
     model.q_proj.to("cpu")
     with pytest.raises(TypeError):
         get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=initial))
+
+
+def test_orthogonal_initial_weights_need_a_base_that_is_stored_as_floats() -> None:
+    import bitsandbytes as bnb
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"], init_lora_weights="orthogonal")
+    for stored in (torch.uint8, torch.bfloat16):
+        model = torch.nn.Sequential()
+        model.add_module("q_proj", bnb.nn.Linear4bit(64, 64, quant_storage=stored))
+        model.q_proj.to("cpu")
+        if stored == torch.bfloat16:
+            get_peft_model(model, config)
+        else:
+            with pytest.raises(RuntimeError, match="floating point"):
+                get_peft_model(model, config)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runner.train.metrics import METRICS, exact_match, relaxed_accuracy, summarize
+from runner.train.evaluation.metrics import METRICS, exact_match, relaxed_accuracy, summarize
 
 RELAXED = [
     ("42", ["40"], True),

@@ -9,12 +9,13 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft.tuners.tuners_utils import BaseTunerLayer
+from transformers.utils import is_torchvision_available
 
 from runner.demo import resolve_model
 from runner.errors import DataError, JobError
 from runner.manifest import Job
-from runner.train import model as models
-from runner.train.architectures import parts
+from runner.train.models import model as models
+from runner.train.models.architectures import parts
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -194,6 +195,7 @@ def test_a_folder_without_a_model_is_a_data_error(tmp_path: Path) -> None:
         models.load_processor(job(), str(tmp_path))
 
 
+@pytest.mark.skipif(is_torchvision_available(), reason="torchvision is here, so it is not missing")
 def test_a_missing_image_back_end_is_refused_not_replaced(folder: str) -> None:
     it = job(model={"name_or_path": "x", "image_backend": "torchvision"})
     with pytest.raises(DataError, match="image_backend"):

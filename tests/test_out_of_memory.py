@@ -154,11 +154,12 @@ import json, os, sys
 from pathlib import Path
 group, job, runs, trainer = sys.argv[1:]
 Path(group, "cgroup.procs").write_text(str(os.getpid()))
+ballast = b"x" * (192 << 20)
 from runner import launch
 from runner.settings import resolve
 sys.exit(launch.train(resolve(job, [], {}), Path(runs), trainer=json.loads(trainer)))
 """
-"""A process of its own: the kernel kills the largest, and a fork of pytest holds all that pytest holds."""
+"""A process of its own, and the larger one when memory ends: it is the trainer that the kernel shall kill."""
 
 
 @pytest.mark.parametrize("place", ["probe", "step:4"])
@@ -167,7 +168,7 @@ def test_a_kill_by_the_control_group_is_out_of_memory(bench: Bench, undisturbed:
     script = {**SCRIPT, "faults": [fault]}
     job = bench.path / "job.yaml"
     job.write_text(json.dumps(bench.job))
-    with control_group(192 << 20) as group:
+    with control_group(320 << 20) as group:
         arguments = [group, job, bench.runs, json.dumps([sys.executable, str(RANK), json.dumps(script)])]
         done = subprocess.run(
             [sys.executable, "-c", SUPERVISOR, *map(str, arguments)],

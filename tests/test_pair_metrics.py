@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from runner.train.pair_metrics import METRICS, Z, nearer, normal, preferred, summarize, wilson
+from runner.train.evaluation.pair_metrics import METRICS, Z, nearer, normal, preferred, summarize, wilson
 
 NEARER = [
     ("red 1, blue 2", "red 1, blue 2", "blue 2, red 1", "chosen"),

@@ -16,11 +16,11 @@ from runner.manifest import Evaluation as Spec
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
 from runner.train.channel import Channel
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.evaluate import Reference
-from runner.train.evaluator import Evaluator
-from runner.train.pairs import PairScore, fused_head, score
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.evaluation.evaluate import Reference
+from runner.train.evaluation.evaluator import Evaluator
+from runner.train.evaluation.pairs import PairScore, fused_head, score
 from tests.samples import png, rlaif_v, rows, smolvlm, source
 from tests.small_job import SMALL
 from tests.test_evaluate import adapted, float32, generators, run
@@ -136,7 +136,8 @@ def test_rewards_are_against_the_reference(processor: ProcessorMixin, made: Rows
     before = run(model, processor, made, SPEC).records
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
-    reference = Reference(0.25, {record["row"]: record for record in before})
+    # Another source may have rows of the same names.
+    reference = Reference(0.25, [*before, {**before[0], "question": "And here?", "logp_chosen": 0.0}])
     after = run(model, processor, made, SPEC, reference=reference)
     margins = []
     for then, now in zip(before, after.records, strict=True):
@@ -146,7 +147,7 @@ def test_rewards_are_against_the_reference(processor: ProcessorMixin, made: Rows
     assert after.metrics["reward_margin"] is not None
     assert after.metrics["reward_margin"]["overall"] == pytest.approx(sum(margins) / 5)
     for others in (before[:4], [*before[:4], {**before[4], "rejected": "another"}]):
-        known = Reference(0.25, {record["row"]: record for record in others})
+        known = Reference(0.25, others)
         assert run(model, processor, made, SPEC, reference=known).metrics["reward_margin"] is None
 
 

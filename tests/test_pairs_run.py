@@ -10,8 +10,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from runner.train.collator import Collator
-from runner.train.pairs import score
+from runner.train.data.collator import Collator
+from runner.train.evaluation.pairs import score
 from tests.attempts import pairs, run
 from tests.samples import rows, smolvlm, source
 from tests.test_evaluate import float32

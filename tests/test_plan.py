@@ -53,6 +53,7 @@ def test_sizes_go_down_through_all_that_cut_the_batch() -> None:
     assert sizes(12) == [12, 6, 4, 3, 2, 1]
     assert sizes(12, world=4) == [3, 1]
     assert sizes(2, world=4) == []
+    assert sizes(2**31 - 1) == [2**31 - 1, 1]  # at once
     cut = geometry(job(12, "auto"))
     seen = []
     while cut is not None:

@@ -12,9 +12,9 @@ from transformers import ProcessorMixin
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from runner.errors import DataError
-from runner.train.audit import audit
-from runner.train.collator import Collator
-from runner.train.data import Rows
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
 from tests.samples import (
     idefics2,
     jsonl,
@@ -63,7 +63,7 @@ def test_a_pair_in_rlaif_vs_columns(tmp_path: Path, processor: ProcessorMixin) -
     assert (row["row"], row["index"], row["image_count"], row["scale"]) == ("pairs[train] row 1", 1, 1, 1.0)
     assert {*made.dataset.column_names} == {
         *("images", "prompt", "chosen", "rejected", "question", "answers", "group"),
-        *("row", "index", "image_count", "tokens", "scale"),
+        *("row", "index", "image_count", "tokens", "scale", "pixels"),
     }
 
 

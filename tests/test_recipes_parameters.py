@@ -14,7 +14,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, PreTrainedModel
 
 from runner.manifest import Job
-from runner.train import model as models
+from runner.train.models import model as models
 
 CONFIGS = Path(__file__).parent / "data" / "configs"
 SEVEN = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]

@@ -49,18 +49,18 @@ RUN = merged(
 TRAINER = {
     "mid-accumulation, step 3": "transformers.trainer:Trainer.training_step:11:self",
     "between the save of step 6 and its publication": "runner.train.trainer:publish:2:self",
-    "in the evaluation at step 6": "runner.train.evaluate:_generate:1:self",
+    "in the evaluation at step 6": "runner.train.evaluation.evaluate:_generate:1:self",
 }
 """In this order; the supervisor lives, starts the next attempt from the newest checkpoint, and goes on."""
 
 TREE = {
-    "in the evaluation before training": "runner.train.evaluate:_generate:1:tree",
+    "in the evaluation before training": "runner.train.evaluation.evaluate:_generate:1:tree",
     "mid-accumulation, step 5": "transformers.trainer:Trainer.training_step:18:tree",
     "in the save of step 6": "runner.train.state:save_file:2:tree",
     "in the supervisor's commit": "runner.checkpoint.local:write_json:1:self",
     "after an optimizer step, before its record": "runner.train.trainer:RunTrainer._record:2:tree",
     "between the last save and the end": "runner.train.run:_export:1:tree",
-    "in the evaluation after training": "runner.train.evaluate:_generate:1:tree",
+    "in the evaluation after training": "runner.train.evaluation.evaluate:_generate:1:tree",
 }
 """In this order; trainer and supervisor die together, and the same command is given again."""
 

@@ -27,8 +27,8 @@ from PIL import Image as Pillow
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
 from runner.train import run
-from runner.train.architectures import parts
 from runner.train.channel import Channel
+from runner.train.models.architectures import parts
 from tests.tiny_models import save
 
 SIZES = [(40, 40), (60, 30), (30, 60), (56, 44)]

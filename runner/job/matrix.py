@@ -8,21 +8,17 @@ keys and wrong types; a value of an unexpected type matches no row.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
-from runner.job.shape import Finding, show
+from runner.job.cells import Section, is_count, is_number, texts
+from runner.job.matrix_adapters import adapted, quantized
+from runner.job.shape import Finding
 from runner.manifest import FORMATS, PAIRS, SORTING
+from runner.plan import sizes
 
-Section = dict[str, Any]
-
-TOWER_WORDS = ("vision_tower", "vision_model", "visual", "image_encoder", "vision_encoder")
-PROJECTOR_WORDS = ("projector", "connector", "modality_projection", "merger", "aligner")
-"""How models call the parts that `model.freeze` names."""
-
-NOT_ON_QUANTIZED = ("pissa", "mica", "loftq")
-NEEDS_A_PASS = ("eva", "corda", "lora_ga")
+HAS_F_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+"""Values of DPOConfig.loss_type that DPOTrainer takes with another f_divergence_type than reverse_kl."""
 
 
 def refusals(job: dict[str, Any]) -> Iterator[Finding]:
@@ -33,7 +29,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         sft                                            x a format of pairs        which of the two is learned?
         dpo                                            x evaluation.metric: relaxed_accuracy, exact_match
         sft                                            x evaluation.metric: preference_accuracy
-    vision (all formats have images)
+    vision (rows of any format may have images)
         training.packing, eval_packing, padding_free   x images      SFTTrainer raises
         training.pad_to_multiple_of: a number          x images      TRL's collator raises
     quantization
@@ -45,16 +41,22 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         target_modules with lm_head                    x fused head  SFTTrainer raises
         target_modules, modules_to_save of a part      x freeze      would train what is frozen
         init_lora_weights: pissa, mica, loftq          x quantized   PEFT raises: needs the float weights
+        init_lora_weights: orthogonal                  x quantized, not stored as floats   PyTorch raises
         init_lora_weights: eva, corda, lora_ga                       needs a pass over the data first
         init_lora_weights: pissa_niter_*                             another adapter when loaded again
         init_lora_weights: orthogonal                  x odd r       PEFT raises
         init_lora_weights: loftq                       x no loftq_config   PEFT raises
         lora_bias                                      x use_dora, other init   PEFT raises
+        bias: all, lora_only                           x method dpo  PEFT raises: it cannot be copied
         layers_to_transform, layers_pattern            x target_modules: text   PEFT raises
         layers_pattern                                 x no layers_to_transform   PEFT raises
     training
         global_batch_size not a multiple of per_device_train_batch_size   no accumulation gives it
         per_device_train_batch_size: auto              x loss_type: aot, aot_unpaired   sorts a micro-batch
+        loss_weights                                   x as many loss_type   DPOConfig raises otherwise
+        loss_type: exo_pair                            x label_smoothing: 0   DPOTrainer raises
+        f_divergence_type but reverse_kl               x loss_type without one   DPOTrainer raises
+        use_weighting                                  x loss_type: aot, aot_unpaired, sft   DPOTrainer raises
         eval_strategy, eval_on_start, evaluation       x no datasets.eval
         lr_scheduler_type: reduce_lr_on_plateau, greedy   x eval_strategy: no   TrainingArguments raises
         lr_scheduler_type: cosine_*with_min_lr         x no min_lr   raises when the schedule is made
@@ -71,12 +73,17 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
     yield from _metric(job)
     yield from _vision(training)
     if isinstance(job.get("quantization"), dict):
-        yield from _quantization(quantization, has_lora=job.get("lora") is not None)
+        yield from quantized(quantization, has_lora=job.get("lora") is not None)
     if job.get("lora") is None and _section(job, "model").get("dtype") == "float16":
         reason = "full fine-tuning in float16: the gradient scaler refuses float16 gradients"
         yield Finding(("model", "dtype"), reason, "use bfloat16 or float32, or add a lora section")
-    yield from _lora(lora, is_quantized=bool(quantization), freeze=_freeze(job))
+    yield from adapted(lora, quantization, freeze=_freeze(job))
     yield from _batch(training)
+    if job.get("method") == "dpo":
+        yield from _preference(training)
+        if lora.get("bias") in ("all", "lora_only"):
+            reason = "biases have no copy for a reference: method dpo would prefer against what it trains"
+            yield Finding(("lora", "bias"), reason, "remove it")
     yield from _evaluation(job, training)
     yield from _schedule(training)
 
@@ -112,103 +119,44 @@ def _vision(training: Section) -> Iterator[Finding]:
         if training.get(key) is True:
             reason = "rows with images cannot be packed: their image tensors belong to one row each"
             yield Finding(("training", key), reason, "remove it; raise per_device_train_batch_size instead")
-    if _is_number(training.get("pad_to_multiple_of")):
+    if is_number(training.get("pad_to_multiple_of")):
         reason = "padding to a multiple is not implemented for rows with images"
         yield Finding(("training", "pad_to_multiple_of"), reason, "remove it")
-
-
-def _quantization(quantization: Section, *, has_lora: bool) -> Iterator[Finding]:
-    given = [quantization.get(key, False) for key in ("load_in_4bit", "load_in_8bit")]
-    bits = [value for value in given if value is True]
-    if len(bits) == 2:
-        reason = "load_in_4bit and load_in_8bit are both true"
-        yield Finding(("quantization", "load_in_8bit"), reason, "keep one of the two")
-    if given == [False, False]:
-        reason = "neither load_in_4bit nor load_in_8bit is true, so nothing would be quantized"
-        yield Finding(("quantization",), reason, "add load_in_4bit: true, or write quantization: null")
-    elif bits and not has_lora:
-        reason = "quantized weights cannot be trained, and there is no lora section"
-        yield Finding(("quantization",), reason, "add a lora section, or write quantization: null")
-
-
-def _lora(lora: Section, *, is_quantized: bool, freeze: list[str]) -> Iterator[Finding]:
-    targets = lora.get("target_modules")
-    if any(_matches(target, "lm_head", is_pattern=isinstance(targets, str)) for target in _texts(targets)):
-        reason = "an adapter on lm_head would never train: TRL multiplies its weight directly"
-        yield Finding(
-            ("lora", "target_modules"),
-            reason,
-            "leave lm_head out",
-        )
-    for key in ("target_modules", "modules_to_save"):
-        for part, words in (("vision_tower", TOWER_WORDS), ("projector", PROJECTOR_WORDS)):
-            named = next(
-                (text for text in _texts(lora.get(key)) if any(word in text for word in words)), None
-            )
-            if named is not None and part in freeze and not re.search(r"\(\?[!<]", named):
-                reason = f"{show(named)} names a part that model.freeze freezes ({part})"
-                yield Finding(("lora", key), reason, f"remove it, or take {part} out of model.freeze")
-    yield from _initial(lora, is_quantized=is_quantized)
-    if isinstance(targets, str):
-        for key in ("layers_to_transform", "layers_pattern"):
-            if lora.get(key) is not None:
-                reason = "it cannot be used when target_modules is text"
-                yield Finding(
-                    ("lora", key), reason, "write target_modules as a list, or put the layers in its pattern"
-                )
-    elif lora.get("layers_pattern") and lora.get("layers_to_transform") is None:
-        yield Finding(
-            ("lora", "layers_pattern"),
-            "it needs layers_to_transform",
-            "add layers_to_transform, or remove it",
-        )
-
-
-def _initial(lora: Section, *, is_quantized: bool) -> Iterator[Finding]:
-    initial, path = lora.get("init_lora_weights", True), ("lora", "init_lora_weights")
-    if isinstance(initial, str):
-        if is_quantized and initial.startswith(NOT_ON_QUANTIZED):
-            yield Finding(
-                path,
-                f"{initial} needs the weights before quantization",
-                "use true, gaussian, orthogonal or olora",
-            )
-        if initial in NEEDS_A_PASS:
-            yield Finding(
-                path,
-                f"{initial} needs a pass over the data before training",
-                "use true, gaussian, orthogonal or olora",
-            )
-        if initial.startswith("pissa_niter_") and not is_quantized:
-            yield Finding(
-                path,
-                f"{initial} draws at random, and anew when the adapter is loaded: another than was trained",
-                "use pissa, which is exact",
-            )
-        if initial == "orthogonal" and _is_number(lora.get("r")) and lora["r"] % 2:
-            yield Finding(path, f"orthogonal needs an even rank, and r is {lora['r']}", "use an even r")
-        if initial == "loftq" and not lora.get("loftq_config"):
-            yield Finding(
-                path, "loftq needs loftq_config", "add loftq_config: {loftq_bits: 4, loftq_iter: 1}"
-            )
-    if lora.get("lora_bias") is True and (lora.get("use_dora") is True or not isinstance(initial, bool)):
-        reason = "lora_bias works neither with use_dora nor with another init_lora_weights"
-        yield Finding(("lora", "lora_bias"), reason, "remove it, or use plain LoRA")
 
 
 def _batch(training: Section) -> Iterator[Finding]:
     total = training.get("global_batch_size", 8)
     per_device = training.get("per_device_train_batch_size", "auto")
-    if _is_count(total) and _is_count(per_device) and total % per_device:
+    if is_count(total) and is_count(per_device) and total % per_device:
         reason = f"{per_device} per device does not divide global_batch_size {total}"
-        usable = [size for size in range(min(total, per_device), 0, -1) if total % size == 0][:1]
-        remedy = f"use {usable[0]}, or another divisor" if usable else "use a divisor"
+        usable = next(size for size in sizes(total) if size <= per_device)
+        remedy = f"use {usable}, or another divisor"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
-    sorting = next((loss for loss in _texts(training.get("loss_type")) if loss in SORTING), None)
+    sorting = next((loss for loss in texts(training.get("loss_type")) if loss in SORTING), None)
     if per_device == "auto" and sorting is not None:
         reason = f"loss_type {sorting} sorts the pairs of a micro-batch, so its size is part of the loss"
         remedy = "write the number of pairs that shall be sorted together"
         yield Finding(("training", "per_device_train_batch_size"), reason, remedy)
+
+
+def _preference(training: Section) -> Iterator[Finding]:
+    losses, weights = texts(training.get("loss_type", "sigmoid")), training.get("loss_weights")
+    if isinstance(weights, list) and len(weights) != len(losses):
+        reason = f"{len(weights)} weights for {len(losses)} losses ({', '.join(losses)})"
+        yield Finding(("training", "loss_weights"), reason, "write one weight for each entry of loss_type")
+    if "exo_pair" in losses and training.get("label_smoothing", 0) == 0:
+        reason = "exo_pair compares with smoothed labels, and label_smoothing is 0"
+        yield Finding(("training", "loss_type"), reason, "add label_smoothing: 1e-3, as its paper has it")
+    divergence = training.get("f_divergence_type", "reverse_kl")
+    without = [loss for loss in losses if loss not in HAS_F_DIVERGENCE]
+    if divergence != "reverse_kl" and without:
+        reason = f"{', '.join(without)} is defined for reverse_kl alone"
+        remedy = f"remove it, or use the losses {', '.join(HAS_F_DIVERGENCE)}"
+        yield Finding(("training", "f_divergence_type"), reason, remedy)
+    unweighted = [loss for loss in losses if loss in (*SORTING, "sft")]
+    if training.get("use_weighting") is True and unweighted:
+        reason = f"{', '.join(unweighted)} has no loss of a single pair that could be weighted"
+        yield Finding(("training", "use_weighting"), reason, "remove it, or use other losses")
 
 
 def _evaluation(job: Section, training: Section) -> Iterator[Finding]:
@@ -263,22 +211,3 @@ def _section(job: dict[str, Any], name: str) -> Section:
 def _freeze(job: dict[str, Any]) -> list[str]:
     freeze = _section(job, "model").get("freeze", ["vision_tower", "projector"])
     return [part for part in freeze if isinstance(part, str)] if isinstance(freeze, list) else []
-
-
-def _texts(value: Any) -> list[str]:
-    if isinstance(value, str):
-        return [value]
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
-
-
-def _matches(target: str, module: str, *, is_pattern: bool) -> bool:
-    """Whether PEFT would adapt `module`: by the end of its name in a list, by a pattern in a text."""
-    return module in re.split(r"[.|()]", target) if is_pattern else target.split(".")[-1] == module
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_number(value) and 1 <= value < 2**31

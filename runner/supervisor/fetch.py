@@ -25,8 +25,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 from runner import demo
+from runner.checkpoint.files import verify
 from runner.durable import disk, write_text
-from runner.errors import AccessDenied, DataError, RunnerError, StorageError
+from runner.errors import AccessDenied, DataError, JobError, RunnerError, StorageError
 from runner.manifest import Job
 from runner.plan import Fetched
 from runner.supervisor import hub
@@ -163,14 +164,14 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
             _check_model(path, folder)
         return str(folder)
 
-    model = one("model", job.model.name_or_path, job.model.revision)
-    train = [one("dataset", source.path, source.revision) for source in job.datasets.train if request.train]
-    held_out = [one("dataset", source.path, source.revision) for source in job.datasets.eval]
-    start = None
+    start = None  # first, because it may be missing, and the rest may take an hour
     if request.train and job.lora is not None and (init_from := job.lora.get("init_from")) is not None:
         start = _start(init_from)
         # Whole: it is small, and one changed number makes another run.
         prints[init_from] = _hashed(start)
+    model = one("model", job.model.name_or_path, job.model.revision)
+    train = [one("dataset", source.path, source.revision) for source in job.datasets.train if request.train]
+    held_out = [one("dataset", source.path, source.revision) for source in job.datasets.eval]
     fetched = Fetched(
         model=model,
         train=train,
@@ -201,17 +202,30 @@ def fingerprint(path: Path) -> str:
 
 
 def _start(given: str) -> Path:
-    """The folder that `lora.init_from` names: an adapter's, or a checkpoint's.
+    """The folder that `lora.init_from` names: an adapter's, or a checkpoint's, which is verified.
 
     Raises:
         DataError: there is none, or it holds neither.
     """
     path = Path(given.removeprefix("file://")).expanduser().absolute()
-    if not any((path / name).is_file() for name in ("adapter_config.json", "parameters.safetensors")):
+    if (path / "parameters.safetensors").is_file():
+        try:
+            verify(path)
+        except (DataError, JobError) as error:
+            raise DataError(
+                f"use lora.init_from {given}: {error}; remedy: name another checkpoint of that run"
+            ) from error
+        return path
+    if not (path / "adapter_config.json").is_file():
         raise DataError(
             f"find lora.init_from {given}: {path} holds neither adapter_config.json nor "
             "parameters.safetensors; remedy: name an adapter's folder, as runs/<name>/adapter, or a "
             "checkpoint's, as runs/<name>/checkpoints/<id>"
+        )
+    if not (path / "adapter_model.safetensors").is_file():
+        raise DataError(
+            f"find lora.init_from {given}: {path} has no adapter_model.safetensors; pickled weights are not "
+            "loaded, because they can run code; remedy: save the adapter with safetensors"
         )
     return path
 

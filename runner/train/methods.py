@@ -22,9 +22,10 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from runner.errors import JobError, Problem
 from runner.plan import Plan
 from runner.train.callbacks import SaveAndStop
-from runner.train.collator import Collator
-from runner.train.data import Rows
-from runner.train.model import device
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows
+from runner.train.memory import is_out_of_memory
+from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
 
 REFERENCE = "ref"
@@ -52,10 +53,9 @@ class DpoRun(RunTrainer, DPOTrainer):
         self.loss_types = [name for name in types if name != "sft"]
         self._chosen_tokens = 0
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
-        samples, items = super().get_batch_samples(*args, **kwargs)
-        self._chosen_tokens = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in samples)
-        return samples, items
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
+        self._chosen_tokens = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in batch_samples)
+        return super()._get_num_items_in_batch(batch_samples, device)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         if not self._sft_weight:
@@ -129,6 +129,8 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
         # Its package may be missing, which upstream finds out at the first step.
         Trainer.get_optimizer_cls_and_kwargs(built)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise JobError(
             [
                 Problem(
@@ -177,6 +179,8 @@ def trainer(
             **more,
         )
     except (ValueError, ImportError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise JobError(
             [Problem("training", f"TRL refuses it: {error}", "change the option that it names")]
         ) from error

@@ -7,7 +7,8 @@
 
 A batch of the worst rows holds the row with the most tokens, which every other row is padded to, and for the
 rest copies of the row with the most pixels. Tokens were counted when the rows were checked; pixels are those
-of the `LOOKED_AT` rows with most tokens and as many with most images, really processed.
+of the `LOOKED_AT` rows with most tokens, as many with most images and as many with the largest, really
+processed.
 
 The first size is the largest that the plan allows. Without a GPU it is at most `MOST_ON_CPU`: a CPU has no
 memory of its own to fill, the machine would swap instead of refusing, and more rows at once are not faster.
@@ -28,9 +29,9 @@ from runner.errors import OutOfMemory
 from runner.plan import Geometry, recut, sizes
 from runner.train import rng, state
 from runner.train.channel import Channel
-from runner.train.data import Rows
+from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory, memory_named
-from runner.train.model import device
+from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
 
 MOST_ON_CPU = 8
@@ -136,11 +137,13 @@ def _undone(trainer: RunTrainer) -> Iterator[None]:
 
 
 def _worst(rows: Rows, collate: Collate) -> Worst:
-    tokens, images = rows.dataset["tokens"][:], rows.dataset["image_count"][:]
+    tokens, images, pixels = (rows.dataset[name][:] for name in ("tokens", "image_count", "pixels"))
     numbers = range(len(tokens))
     by_tokens = sorted(numbers, key=lambda number: -tokens[number])[:LOOKED_AT]
     by_images = sorted(numbers, key=lambda number: (-images[number], -tokens[number]))[:LOOKED_AT]
-    looked_at = {number: _pixels(collate([rows.dataset[number]])) for number in {*by_tokens, *by_images}}
+    by_pixels = sorted(numbers, key=lambda number: -pixels[number])[:LOOKED_AT]
+    candidates = {*by_tokens, *by_images, *by_pixels}
+    looked_at = {number: _pixels(collate([rows.dataset[number]])) for number in candidates}
     largest = max(looked_at, key=lambda number: (looked_at[number], tokens[number]))
     return Worst(longest=rows.dataset[by_tokens[0]], largest=rows.dataset[largest])
 

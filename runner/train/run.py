@@ -16,23 +16,24 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
-from transformers import ProcessorMixin, set_seed
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, SFTConfig
 
 from runner.durable import write_text
 from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import adapter, methods, probe, state
-from runner.train import model as models
-from runner.train.audit import audit
+from runner.train import methods, probe, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
-from runner.train.collator import Collator
-from runner.train.data import Rows, load
-from runner.train.evaluator import Evaluator
-from runner.train.facts import peak_memory, versions
+from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
+from runner.train.data.rows import Rows, load
+from runner.train.evaluation.evaluator import Evaluator
+from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
+from runner.train.models import adapter
+from runner.train.models import model as models
 from runner.train.trainer import RunTrainer
 
 OUT_OF_MEMORY = (
@@ -63,17 +64,18 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     with memory_named(RunnerError, OUT_OF_MEMORY):
-        base = models.load_base(plan.job, plan.fetched.model)
+        base = _start_of(plan)
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
         before = None
-        if start is None:
-            # Before there is an adapter: some initialisations (PiSSA, OLoRA) move weights of the base there.
+        # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
+        has_start = adapter.keeps_reference(plan.job)
+        if not has_start:
             before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
         set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
         model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
         models.check_frozen(model, list(plan.job.model.freeze))
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
-        if start is not None:
+        if has_start:
             before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
         plan = _sized(plan, channel, trainer, prepared)
@@ -169,6 +171,15 @@ def _steps(plan: Plan, prepared: Prepared) -> int:
     )
 
 
+def _start_of(plan: Plan) -> PreTrainedModel:
+    """The base model; of full fine-tuning in the precision that it trains in, so that what it is compared
+    with, the baseline and dpo's reference, is the same model to the last bit."""
+    base = models.load_base(plan.job, plan.fetched.model)
+    if plan.job.lora is None:
+        models.float32_trainable(base)
+    return base
+
+
 def _trainer(
     plan: Plan,
     channel: Channel,
@@ -187,14 +198,15 @@ def _trainer(
     job = plan.job
     reference = None
     if job.method == "dpo" and job.lora is None:
-        reference = models.load_base(job, plan.fetched.model).requires_grad_(False)
-    with contextlib.nullcontext() if plan.fetched.init_from is None else adapter.values_kept(model):
+        reference = _start_of(plan).requires_grad_(False)
+    keeps_reference = adapter.keeps_reference(job)
+    with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
         trainer = methods.trainer(
             arguments,
             method=job.method,
             model=model,
             reference=reference,
-            keep_reference_adapter=adapter.keeps_reference(job),
+            keep_reference_adapter=keeps_reference,
             processor=prepared.processor,
             collator=_collator(plan, prepared.processor, rows),
             rows=rows,
@@ -278,6 +290,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         **models.describe(model),
         "engine": type(trainer.model_wrapped).__name__,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
+        "weight_bytes": weight_bytes(model),
         "mixed_precision": trainer.accelerator.mixed_precision,
         # None in an attempt that found its training done and only evaluated.
         "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,

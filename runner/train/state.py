@@ -41,7 +41,7 @@ class Step:
     step: int
     """Counts from 1."""
     loss: float
-    """Token mean over the global batch, in nats."""
+    """Mean over the global batch: of the answers' tokens, in nats, under sft; of the pairs under dpo."""
     grad_norm: float | None
     """L2 norm before clipping; null where it is not finite, which the float16 loss scaler answers."""
     learning_rate: float
@@ -158,8 +158,10 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     """
     saved = load_file(folder / PARAMETERS)
     live = trainable(model)
-    if saved.keys() != live.keys():
-        odd = sorted(saved.keys() ^ live.keys())
+    odd = sorted(saved.keys() ^ live.keys()) or [
+        name for name, parameter in live.items() if saved[name].shape != parameter.shape
+    ]
+    if odd:
         raise DataError(
             f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}"
         )

@@ -25,10 +25,10 @@ from runner.plan import Geometry, Plan, batch_record
 from runner.train import rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
-from runner.train.data import Rows
+from runner.train.data.rows import Rows
 from runner.train.facts import peak_memory
 from runner.train.memory import memory_named
-from runner.train.model import float32_trainable
+from runner.train.models.model import float32_trainable
 from runner.train.sampler import GlobalBatchSampler
 
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")

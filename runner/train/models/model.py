@@ -15,6 +15,7 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -28,7 +29,8 @@ from transformers.image_processing_backends import PilBackend
 
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
-from runner.train.architectures import PARTS, Parts, parts
+from runner.train.memory import is_out_of_memory
+from runner.train.models.architectures import PARTS, Parts, parts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -243,16 +245,33 @@ def _exclude(given: str | list[str] | None, frozen: list[str]) -> str | None:
     return "|".join(f"(?:{pattern})" for pattern in patterns) or None
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A finished adapter over the base model, for evaluation.
+def load_adapter(
+    model: PreTrainedModel, folder: Path, *, named: str = "adapter", config: LoraConfig | None = None
+) -> PeftModel:
+    """A finished adapter over the base model, the whole of it.
+
+    Args:
+        named: what the job or the command line calls it.
+        config: to train it further; None to evaluate.
 
     Raises:
         DataError: the folder holds no adapter for this model.
     """
+    trains = config is not None
     try:
-        return PeftModel.from_pretrained(model, str(folder))
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"adapter: cannot load {folder}: {error}") from error
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trains, config=config)
+        # Again, for what it returns: PEFT (0.21.2) only warns of parameters that the file does not have, and
+        # is silent about those that the model does not have.
+        found = adapted.load_adapter(str(folder), "default", is_trainable=trains)
+    except (OSError, TypeError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise DataError(f"{named}: cannot load {folder}: {error}") from error
+    if odd := [*found.missing_keys, *found.unexpected_keys]:
+        raise DataError(
+            f"{named}: the parameters in {folder} are not this model's; the first of {len(odd)} is {odd[0]}"
+        )
+    return adapted
 
 
 def float32_trainable(model: torch.nn.Module) -> None:

@@ -4,7 +4,7 @@
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
 A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn, see
-`runner.train.turns`), or `prompt`, `chosen` and `rejected` (a pair).
+`runner.train.data.turns`), or `prompt`, `chosen` and `rejected` (a pair).
 Rows with several images, one and none go into one batch, where the processor takes them. That is for one
 process: a rank whose batch has no image does not run the tower, and strategies that shard the model over
 ranks would wait for it; they refuse such rows. Nothing is ever truncated. It holds a processor and plain
@@ -24,9 +24,9 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
-from runner.train.images import BadImage, open_image
-from runner.train.messages import without_nulls
-from runner.train.turns import TurnCollator
+from runner.train.data.images import BadImage, open_image
+from runner.train.data.messages import without_nulls
+from runner.train.data.turns import TurnCollator
 
 Form = Literal["prompt_completion", "messages", "preference"]
 Row = Mapping[str, Any]
@@ -116,12 +116,15 @@ class Collator:
 
     def texts(self, row: Row) -> list[list[str]]:
         """What a row is tokenized from, each image still one placeholder: the parts of its sequence, and of
-        a pair those of both."""
+        a pair those of both.
+
+        Raises:
+            Unusable: its turns cannot be found.
+            TemplateError: the chat template refuses them.
+        """
         if "messages" in row:
-            text: str = self.processor.apply_chat_template(
-                without_nulls(row["messages"]), chat_template=self.template, tokenize=False
-            )
-            return [[text]]
+            self._turns = self._turns or TurnCollator(self.processor)
+            return [[self._turns.text(without_nulls(row["messages"]))]]
         names = _PAIR if "chosen" in row else _COMPLETION
         rendered = apply_chat_template({name: without_nulls(row[name]) for name in names}, self.processor)
         return [[rendered["prompt"], rendered[answer]] for answer in names[1:]]

@@ -2,8 +2,8 @@
 
 `open_source` reads whatever `datasets.load_dataset` reads without a network: a snapshot of a hub repository,
 a folder, a .parquet, .jsonl, .json or .csv file. `image_lists` gives every way of storing images one shape
-without touching their bytes. What rows mean is `runner.train.formats`', what images hold
-`runner.train.images`'.
+without touching their bytes. What rows mean is `runner.train.data.formats`', what images hold
+`runner.train.data.images`'.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `audit` sends a few rows through the collator that training uses and looks at what comes out: an answer must
 carry loss, once for every assistant turn, and of a pair the chosen and the rejected one; an image token,
 padding, or anything that stands before the answer, must not. That no row has an empty answer was checked on
-all rows (`runner.train.formats`). It changes nothing.
+all rows (`runner.train.data.formats`). It changes nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from transformers import ProcessorMixin
 from trl.chat_template_utils import has_generation_markers, is_chat_template_stop_token_trained
 
 from runner.errors import DataError
-from runner.train.collator import Collator, Row
-from runner.train.data import Rows
-from runner.train.messages import words
-from runner.train.tokens import REFUSALS
+from runner.train.data.collator import Collator, Row
+from runner.train.data.messages import words
+from runner.train.data.rows import Rows
+from runner.train.data.tokens import REFUSALS
 
 SHOWN_CHARACTERS = 60
 """How much of a prompt's end and of an answer a line shows."""
@@ -44,9 +44,8 @@ def audit(rows: Rows, collator: Collator, processor: ProcessorMixin, samples: in
             at once.
     """
     count = len(rows.dataset)
-    positions = sorted(
-        {round(step * (count - 1) / max(1, samples - 1)) for step in range(min(samples, count))}
-    )
+    looks = min(samples, count)
+    positions = sorted({round(step * (count - 1) / max(1, looks - 1)) for step in range(looks)})
     lines = [f"label audit: {len(positions)} of {count:,} rows"]
     problems: list[str] = []
     for position in positions:

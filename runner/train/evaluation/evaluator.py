@@ -5,7 +5,7 @@
 
 Of pairs, the predictions before training hold how likely the model that training starts from finds both
 answers: the reference that later evaluations are rewarded against. How an answer is generated and scored is
-`runner.train.evaluate`'s, what right means `runner.train.metrics`' and `runner.train.pair_metrics`'s.
+`evaluate`'s, what right means `metrics`' and `pair_metrics`'s.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from runner.durable import write_json, write_text
 from runner.errors import Preempted, RunnerError
 from runner.manifest import Evaluation as Spec
 from runner.plan import Plan
-from runner.train import model as models
 from runner.train.channel import Channel
-from runner.train.data import Rows
-from runner.train.evaluate import Evaluation, Reference, evaluate
+from runner.train.data.rows import Rows
+from runner.train.evaluation.evaluate import Evaluation, Reference, evaluate
 from runner.train.memory import memory_named
+from runner.train.models import model as models
 
 BEFORE = "before"
 PREDICTIONS = "{}.predictions.jsonl"
@@ -52,8 +52,8 @@ class Evaluator:
         self._folder = plan.run_dir / "evaluation"
 
     def baseline(self) -> dict[str, Any] | None:
-        """Metrics of the model that training starts from: the base or, with `lora.init_from`, that adapter
-        over it. Kept from an earlier attempt where it got so far."""
+        """Metrics of the model that training starts from: the base or, where `adapter.keeps_reference`, the
+        adapter over it. Kept from an earlier attempt where it got so far."""
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
@@ -109,7 +109,7 @@ class Evaluator:
             return None
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         beta = job.training.options.get("beta", DPOConfig.beta)
-        return Reference(beta, {record["row"]: record for record in records})
+        return Reference(beta, records)
 
     def _generated(
         self, rows: Rows, spec: Spec, phase: str, reference: Reference | None

@@ -6,8 +6,8 @@
                     on_overflow: error    on_overflow: drop     on_overflow: resize
     a row too long  refused               left out, named       its images shrink to fit, else refused
 
-Bad: an image or a text that cannot be used, an empty answer, a size that the processor refuses. All rows that
-are refused stand in one error. Token counts are `runner.train.tokens`'; this module decides.
+Bad: an image or a text that cannot be used, an empty answer, what the chat template or the processor refuses.
+All rows that are refused stand in one error. Token counts are `tokens`'; this module decides.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from datasets import Dataset
 
 from runner.errors import DataError
 from runner.manifest import Datasets
-from runner.train.collator import Collator
-from runner.train.tokens import Counted, TokenCounter, UnfitSize, spread
+from runner.train.data.collator import Collator
+from runner.train.data.tokens import Counted, TokenCounter, Unfit, spread
 
 SHOWN = 20
 """Rows that one message names; more are counted."""
@@ -153,7 +153,7 @@ def _counted(
         batch = usable[start : start + _BATCH]
         to_count = [_row(source, row) for row in batch]
         for row, what, tokens in zip(batch, to_count, counter.count(to_count), strict=True):
-            if isinstance(tokens, UnfitSize):
+            if isinstance(tokens, Unfit):
                 parted.unfit.append(replace(row, problem=str(tokens)))
             elif tokens <= limit:
                 parted.fit.append(replace(row, tokens=tokens))

@@ -2,7 +2,7 @@
 
 Images are `{type: image}` parts of the user; their pixels stay where they are. Pure: what cannot be a message
 raises `Unusable` with the reason, and the caller names the row. What a row's columns mean is
-`runner.train.formats`'.
+`runner.train.data.formats`'.
 """
 
 from __future__ import annotations

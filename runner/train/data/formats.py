@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 from runner.manifest import PAIRS, Format
-from runner.train.cells import cell, group, required, string
-from runner.train.messages import (
+from runner.train.data.cells import cell, group, required, string
+from runner.train.data.messages import (
     Message,
     Unusable,
     check,
@@ -38,7 +38,7 @@ from runner.train.messages import (
     words,
 )
 
-VERSION = 1
+VERSION = 2
 """Raise it with every change of what a row turns into: kept conversions are keyed by it."""
 
 
@@ -171,7 +171,9 @@ def _caption(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
 
 
 def _messages(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
-    return _conversation(placed(parsed(cells["messages"], "messages"), images))
+    messages = parsed(cells["messages"], "messages")
+    _check_order(cells["messages"])
+    return _conversation(placed(messages, images))
 
 
 def _prompt_completion(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
@@ -209,13 +211,7 @@ def _llava(cells: Mapping[str, Any], images: int, reading: Reading) -> _Built:
     an image that none names        refused
     """
     messages = parsed(cells["messages"], "messages")
-    named = [
-        part.get("index")
-        for entry in cells["messages"]
-        if isinstance(entry["content"], list)
-        for part in entry["content"]
-        if part["type"] == "image"
-    ]
+    named = _named(cells["messages"])
     if all(index is None for index in named):
         return _conversation(placed(messages, images))
     for index in named:
@@ -268,6 +264,25 @@ def _said(text: str) -> Message:
     return Message(role="assistant", content=[text_part(text)])
 
 
+def _named(value: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The index of every image part, null where it has none, of messages that `parsed` takes."""
+    return [
+        part.get("index")
+        for entry in value
+        if isinstance(entry["content"], list)
+        for part in entry["content"]
+        if part["type"] == "image"
+    ]
+
+
+def _check_order(value: Sequence[Mapping[str, Any]]) -> None:
+    """Image parts of any format but llava show the images in the order of their column."""
+    named = _named(value)
+    if any(index is not None for index in named) and named != list(range(len(named))):
+        order = ", ".join(map(str, named))
+        raise Unusable(f"its image parts name the images {order}: only format llava reads the index")
+
+
 def _conversation(messages: list[Message], shown: list[int] | None = None) -> _Built:
     """Turns that end with an answer."""
     if messages[-1]["role"] != "assistant":
@@ -286,6 +301,7 @@ def _prompt(value: Any, images: int) -> list[Message]:
         prompt = [Message(role="user", content=[text_part(required(value, "prompt"))])]
     else:
         prompt = parsed(value, "prompt")
+        _check_order(value)
     if prompt[-1]["role"] != "user":
         raise Unusable(f"the last message of prompt is the {prompt[-1]['role']}'s, not the user's")
     return placed(prompt, images)

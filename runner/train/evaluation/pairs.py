@@ -2,7 +2,7 @@
 
 The forward is the one that trains: TRL's fused head, which projects tile by tile, so that the logits of all
 positions never exist at once. It is on the model only while pairs are scored. What the numbers mean is
-`runner.train.pair_metrics`'s.
+`runner.train.evaluation.pair_metrics`'s.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from trl.trainer.utils import add_fused_lm_head
 
-from runner.train.collator import Batch
+from runner.train.data.collator import Batch
 
 NOT_THE_MODELS = ("completion_mask", "row_index", "image_count")
 """What a batch of pairs has beside the arguments of the model's forward."""

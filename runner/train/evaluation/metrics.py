@@ -2,8 +2,7 @@
 
 Relaxed accuracy is that of the ChartQA paper (arXiv 2203.10244, section 5.1) as lmms-eval computes it
 (`lmms_eval/tasks/chartqa/utils.py`, `relaxed_correctness`), so that scores can be put beside published ones.
-Which rows are asked, and what the model said, is `runner.train.evaluate`'s; pairs of answers are judged by
-`runner.train.pair_metrics`.
+Which rows are asked, and what the model said, is `evaluate`'s; pairs of answers are judged by `pair_metrics`.
 """
 
 from __future__ import annotations

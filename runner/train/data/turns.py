@@ -26,6 +26,7 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
+from runner.train.data.messages import Unusable
 
 Messages = Sequence[dict[str, Any]]
 
@@ -40,6 +41,19 @@ class TurnCollator:
         self._collate = DataCollatorForVisionLanguageModeling(
             processor, assistant_only_loss=self._is_told, chat_template=self.template
         )
+
+    def text(self, messages: Messages) -> str:
+        """A conversation as it is tokenized, each image still one placeholder.
+
+        Raises:
+            Unusable: its turns cannot be found.
+        """
+        if messages[0]["role"] == "assistant" and not self._is_told:
+            raise Unusable(
+                "it begins with an answer to nothing, which this model's chat template cannot tell apart"
+            )
+        text: str = self._processor.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+        return text
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """What TRL returns; `labels` are int64 (B, T), -100 where the assistant does not speak.

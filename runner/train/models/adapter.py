@@ -15,14 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train import state
-from runner.train.model import add_adapter
+from runner.train.models.model import add_adapter, load_adapter
 
 STARTS_AT_ZERO = (None, True, "gaussian")
 """Values of `init_lora_weights` with which a new adapter changes nothing until its first step (PEFT 0.21)."""
@@ -64,11 +63,19 @@ def keeps_reference(job: Job) -> bool:
 
 
 @contextlib.contextmanager
-def values_kept(model: torch.nn.Module) -> Iterator[None]:
-    """TRL rounds adapters over a quantized base to bfloat16 while its trainer is built; what was trained
-    before is given back in full."""
+def values_kept(model: PeftModel) -> Iterator[None]:
+    """Base and adapter stay as they are while TRL's trainer is built.
+
+    It rounds adapters over a quantized base to bfloat16; values that mean something are given back in full.
+    And it adds the reference as a second adapter of the same configuration, of which the initialisation would
+    move the weights of the base once more (PiSSA, OLoRA); its values are copied in any case.
+    """
     before = {name: value.detach().clone() for name, value in state.trainable(model).items()}
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    initial, config.init_lora_weights = config.init_lora_weights, True
     yield
+    config.init_lora_weights = initial
     for name, parameter in state.trainable(model).items():
         parameter.data = before[name]
 
@@ -78,11 +85,11 @@ def _from_adapter(base: PreTrainedModel, job: Job, folder: Path) -> PeftModel:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is a {type(config).__name__}, and this runner trains LoRA")
-        _same(job, config)
-        config.lora_dropout = (job.lora or {}).get("lora_dropout", config.lora_dropout)
-        model = PeftModel.from_pretrained(base, str(folder), is_trainable=True, config=config)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise DataError(f"lora.init_from: cannot load the adapter in {folder}: {error}") from error
+    except (OSError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"lora.init_from: cannot load {folder}: {error}") from error
+    _same(job, config)
+    config.lora_dropout = (job.lora or {}).get("lora_dropout", config.lora_dropout)
+    model = load_adapter(base, folder, named="lora.init_from", config=config)
     model.peft_config["default"].base_model_name_or_path = job.model.name_or_path
     model.peft_config["default"].revision = job.model.revision
     return model

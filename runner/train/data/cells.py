@@ -1,7 +1,7 @@
 """What one cell of a row says: a class by its name, a text, a group. Pure.
 
 Raises `Unusable` with the reason where it says nothing that can be used; which columns a format reads is
-`runner.train.formats`'.
+`runner.train.data.formats`'.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.train.messages import Unusable
-from runner.train.metrics import RESERVED_GROUPS
+from runner.train.data.messages import Unusable
+from runner.train.evaluation.metrics import RESERVED_GROUPS
 
 GROUPS = {
     "human": "human",
@@ -31,7 +31,7 @@ def cell(row: Mapping[str, Any], column: str, names: Sequence[str] | None) -> An
     if names is None or value is None:
         return value
     numbers = value if isinstance(value, list) else [value]
-    if not all(0 <= number < len(names) for number in numbers):
+    if not all(number is not None and 0 <= number < len(names) for number in numbers):
         return None
     return [names[number] for number in numbers] if isinstance(value, list) else names[value]
 

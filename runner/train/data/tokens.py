@@ -20,11 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
 from transformers import ProcessorMixin
 
-from runner.train.collator import Collator
-from runner.train.images import scaled
+from runner.train.data.collator import Collator
+from runner.train.data.images import scaled
+from runner.train.data.messages import Unusable
 
 Size = tuple[int, int]
 """Height and width in pixels."""
@@ -40,8 +42,8 @@ REFUSALS = (ValueError, TypeError, LookupError, RuntimeError, AttributeError, Ze
 """What processors raise for sizes and batches that they do not take."""
 
 
-class UnfitSize(Exception):
-    """The processor does not take an image of this size; the message says why."""
+class Unfit(Exception):
+    """The chat template or the processor does not take a row; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class TokenCounter:
         """
         self._collator = collator
         self._processor: ProcessorMixin = collator.processor
-        self._added: dict[Size, int | UnfitSize] = {}
+        self._added: dict[Size, int | Unfit] = {}
         for way, measure in self._ways():
             self.way, self._measure = way, measure
             self._added.clear()
@@ -74,16 +76,31 @@ class TokenCounter:
         """Whether `count` needs the images of every row, not only their sizes."""
         return self._measure is None
 
-    def count(self, rows: Sequence[Counted]) -> list[int | UnfitSize]:
-        """Tokens of every row, or why the processor refuses it."""
+    def count(self, rows: Sequence[Counted]) -> list[int | Unfit]:
+        """Tokens of every row, or why the chat template or the processor refuses it."""
         texts = self.text_tokens([row.row for row in rows])
-        return [self._total(text, row) for text, row in zip(texts, rows, strict=True)]
+        return [
+            text if isinstance(text, Unfit) else self._total(text, row)
+            for text, row in zip(texts, rows, strict=True)
+        ]
 
-    def text_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    def text_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int | Unfit]:
         """Tokens of every row with each image as one placeholder; of a pair, those of the longer sequence."""
-        texts = [self._collator.texts(row) for row in rows]
-        lengths = iter(self._tokenized([part for row in texts for parts in row for part in parts]))
-        return [max(sum(next(lengths) for _ in parts) for parts in row) for row in texts]
+        texts = [self._texts(row) for row in rows]
+        rendered = [row for row in texts if not isinstance(row, Unfit)]
+        lengths = iter(self._tokenized([part for row in rendered for parts in row for part in parts]))
+        return [
+            row if isinstance(row, Unfit) else max(sum(next(lengths) for _ in parts) for parts in row)
+            for row in texts
+        ]
+
+    def _texts(self, row: Mapping[str, Any]) -> list[list[str]] | Unfit:
+        try:
+            return self._collator.texts(row)
+        except TemplateError as error:  # what a template raises for turns that it does not take
+            return Unfit(f"the model's chat template refuses it: {error}")
+        except Unusable as error:
+            return Unfit(str(error))
 
     def fitting(self, row: Counted, limit: int) -> tuple[float, int] | None:
         """The largest power of 0.95 that brings the row to `limit` tokens when its images shrink by it, and
@@ -94,8 +111,10 @@ class TokenCounter:
         if self._measure is None or not row.sizes:
             return None
         (text,) = self.text_tokens([row.row])
+        if isinstance(text, Unfit):
+            return None
 
-        def total(scale: float) -> int | UnfitSize:
+        def total(scale: float) -> int | Unfit:
             return self._total(text, Counted(row.row, [scaled(*size, scale) for size in row.sizes]))
 
         smallest = SMALLEST_SIDE / min(min(size) for size in row.sizes)
@@ -131,40 +150,40 @@ class TokenCounter:
         return int(processed["input_ids"].shape[1]) - self._tokenized([text])[0]
 
     def _tokenized(self, texts: list[str]) -> list[int]:
+        if not texts:  # which tokenizers do not take
+            return []
         ids = self._processor.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return [len(one) for one in ids]
 
-    def _added_by(self, size: Size, measure: Callable[[Size], int]) -> int | UnfitSize:
+    def _added_by(self, size: Size, measure: Callable[[Size], int]) -> int | Unfit:
         if size not in self._added:
             try:
                 self._added[size] = measure(size)
             except REFUSALS as error:
-                self._added[size] = UnfitSize(
-                    f"the processor refuses an image of {size[1]} x {size[0]}: {error}"
-                )
+                self._added[size] = Unfit(f"the processor refuses an image of {size[1]} x {size[0]}: {error}")
         return self._added[size]
 
-    def _total(self, text: int, row: Counted) -> int | UnfitSize:
+    def _total(self, text: int, row: Counted) -> int | Unfit:
         if self._measure is None:
-            return self._really(row) if row.sizes else text
+            return self._really(row)
         total = text
         for size in row.sizes:
             added = self._added_by(size, self._measure)
-            if isinstance(added, UnfitSize):
+            if isinstance(added, Unfit):
                 return added
             total += added
         return total
 
-    def _really(self, row: Counted) -> int | UnfitSize:
+    def _really(self, row: Counted) -> int | Unfit:
         try:
             return int(self._collator([row.row])["input_ids"].shape[1])
         except REFUSALS as error:
-            return UnfitSize(f"the processor refuses the row: {error}")
+            return Unfit(f"the processor refuses the row: {error}")
 
     def _agrees(self, probes: Sequence[Counted]) -> bool:
         counts = self.count(probes)
         return all(
-            isinstance(count, UnfitSize) or count == self._really(probe)
+            isinstance(count, Unfit) or count == self._really(probe)
             for count, probe in zip(counts, probes, strict=True)
         )
 

@@ -3,15 +3,15 @@
 Rows that are pairs of answers are also scored: how likely the model finds each of the two. `evaluate` leaves
 no trace: random generators, training modes, caches and weights are as they were. It runs in the precision of
 the autocast context that the caller is in, which is the one of training. What right means is
-`runner.train.metrics`' and, for pairs, `runner.train.pair_metrics`'s; where results are written is the
-caller's.
+`metrics`' and, for pairs, `pair_metrics`'s; where results are written is the caller's.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,12 +20,13 @@ from torch.utils.data import DataLoader
 from transformers import GenerationConfig, ProcessorMixin
 
 from runner.manifest import Evaluation as Spec
-from runner.train import pair_metrics, rng
-from runner.train.collator import Batch, Collator, Row
-from runner.train.data import Rows
-from runner.train.messages import words
-from runner.train.metrics import Summary, exact_match, relaxed_accuracy, summarize
-from runner.train.pairs import NOT_THE_MODELS, PairScore, score
+from runner.train import rng
+from runner.train.data.collator import Batch, Collator, Row
+from runner.train.data.messages import words
+from runner.train.data.rows import Rows
+from runner.train.evaluation import pair_metrics
+from runner.train.evaluation.metrics import Summary, exact_match, relaxed_accuracy, summarize
+from runner.train.evaluation.pairs import NOT_THE_MODELS, PairScore, score
 
 LOADERS_BESIDE_A_GPU = 4
 """Processes that decode images while a GPU generates. On a CPU they would take the cores that generate."""
@@ -52,13 +53,21 @@ class Reference:
 
     beta: float
     """Of the training."""
-    records: Mapping[str, Mapping[str, Any]]
-    """By `row`: what `Evaluation.records` holds of a pair. Rows may be missing."""
+    records: Sequence[Mapping[str, Any]]
+    """What `Evaluation.records` holds of the pairs. Rows may be missing."""
+
+    @functools.cached_property
+    def _by_texts(self) -> dict[tuple[str, ...], Mapping[str, Any]]:
+        return {tuple(record[name] for name in _ASKED): record for record in self.records}
 
     def of(self, asked: Mapping[str, str]) -> Mapping[str, Any]:
-        """The record of a pair, empty if there is none or it was of other texts."""
-        record = self.records.get(asked["row"], {})
-        return record if all(record.get(name) == text for name, text in asked.items()) else {}
+        """The record of a pair, empty if there is none or it was of other texts. Two sources may have rows
+        of one name."""
+        return self._by_texts.get(tuple(asked[name] for name in _ASKED), {})
+
+
+_ASKED = ("row", "question", "chosen", "rejected")
+"""What tells a pair from others."""
 
 
 def evaluate(

@@ -1,7 +1,7 @@
 """Whether the chosen answer is preferred, and how many are. Pure: no torch, no files.
 
 A pair is judged twice: by what the model thinks of its two answers (their log-probabilities, from
-`runner.train.pairs`), and by what it says itself (nearer to the one or to the other). Shares and means come
+`pairs`), and by what it says itself (nearer to the one or to the other). Shares and means come
 with a 95 % confidence interval, because held-out sets of pairs are small.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any, Literal
 
-from runner.train.metrics import Parts, Summary
+from runner.train.evaluation.metrics import Parts, Summary
 
 Z = 1.959964
 """Half the width, in standard errors, of an interval that holds 95 % of a normal distribution."""

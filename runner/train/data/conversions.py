@@ -1,6 +1,6 @@
 """The texts of a source as tables: every row converted once, and kept in the cache of `datasets`.
 
-What a row means is `runner.train.formats`'. Images are not touched here.
+What a row means is `runner.train.data.formats`'. Images are not touched here.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any
 from datasets import Dataset, Features, List, Value
 
 from runner.manifest import PAIRS, Source
-from runner.train import formats
-from runner.train.collator import Form
-from runner.train.sources import Opened
+from runner.train.data import formats
+from runner.train.data.collator import Form
+from runner.train.data.sources import Opened
 
 _TEXT = Value("string")
 _MESSAGES = List({"role": _TEXT, "content": List({"type": _TEXT, "text": _TEXT})})

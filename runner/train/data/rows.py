@@ -1,11 +1,11 @@
 """The job's datasets -> `Rows`: every row that will be trained or evaluated on, checked before step 1.
 
-    open      each source by `datasets`                                  runner.train.sources
+    open      each source by `datasets`                                  .sources
     draw      max_samples of each source, then of all, by seed, in the order of the dataset
-    convert   every row to messages                                      runner.train.conversions, .formats
-    inspect   every drawn image: full decode under the image policy      runner.train.images
-    count     the tokens of every row                                    runner.train.tokens
-    judge     by the job's on_bad_row and on_overflow                    runner.train.checks
+    convert   every row to messages                                      .conversions, .formats
+    inspect   every drawn image: full decode under the image policy      .images
+    count     the tokens of every row                                    .tokens
+    judge     by the job's on_bad_row and on_overflow                    .checks
     join      the columns of `Rows.dataset`, over the image bytes as `datasets` stored them
 
 Conversions and inspections are kept in the cache of `datasets`, so a resumed run does not repeat them, but
@@ -29,11 +29,11 @@ from datasets import Dataset, DatasetInfo, Features, List, Value, concatenate_da
 from transformers import ProcessorMixin
 
 from runner.manifest import Datasets, Source
-from runner.train import formats, images
-from runner.train.checks import Candidate, judge, notes
-from runner.train.collator import Collator, Form
-from runner.train.conversions import converted, form_of, shaped
-from runner.train.sources import (
+from runner.train.data import formats, images
+from runner.train.data.checks import Candidate, judge, notes
+from runner.train.data.collator import Collator, Form
+from runner.train.data.conversions import converted, form_of, shaped
+from runner.train.data.sources import (
     Opened,
     image_counts,
     image_lists,
@@ -60,6 +60,7 @@ _EXTRAS = Features(
         "image_count": Value("int32"),
         "tokens": Value("int32"),
         "scale": Value("float64"),
+        "pixels": Value("int64"),
     }
 )
 
@@ -84,6 +85,7 @@ class Rows:
         tokens        its length, image tokens included, when it is collated alone; of a pair, that of the
                       longer sequence
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
+        pixels        of all images that it shows, before the processor
     """
     form: Form
     skipped: tuple[tuple[str, str], ...]
@@ -272,12 +274,15 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         "image_count": list(counts),
         "tokens": [0] * len(joined),
         "scale": [1.0] * len(joined),
+        "pixels": [0] * len(joined),
     }
     for index, row in enumerate(kept):
         extras["row"][row.position] = row.name
         extras["index"][row.position] = index
         extras["tokens"][row.position] = row.tokens
         extras["scale"][row.position] = row.scale
+        sizes = [images.scaled(*size, row.scale) for size in row.sizes]
+        extras["pixels"][row.position] = sum(height * width for height, width in sizes)
     table = pa.Table.from_pydict(extras, schema=_EXTRAS.arrow_schema)
     beside = Dataset(table, info=DatasetInfo(features=_EXTRAS), fingerprint="extras")
     return concatenate_datasets([joined, beside], axis=1).select([row.position for row in kept])

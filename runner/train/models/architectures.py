@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from transformers import ProcessorMixin
 
 from runner.errors import DataError
-from runner.train.paligemma import prefix_and_suffix
+from runner.train.models.paligemma import prefix_and_suffix
 
 PARTS = ("vision_tower", "projector", "language_model")
 
@@ -95,6 +95,7 @@ def parts(model_type: str) -> Parts:
         raise DataError(
             f"model: the architecture {model_type!r} is not in the table; known: "
             f"{', '.join(sorted(ARCHITECTURES))}. Remedy: use one of these, or add a row with the paths of "
-            "its vision tower, projector and language model to runner/train/architectures.py, which says how"
+            "its vision tower, projector and language model to runner/train/models/architectures.py, which "
+            "says how"
         )
     return ARCHITECTURES[model_type]

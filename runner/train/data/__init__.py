@@ -1,0 +1,1 @@
+"""From the datasets that a job names to batches: read, checked, counted, collated, audited."""

@@ -1,0 +1,1 @@
+"""The model of a job: loaded, quantized, frozen, with its adapter."""
