@@ -24,8 +24,17 @@ from tests.test_architecture import import_graph
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = {"help", "train", "validate", "test", "check", "bench", "schema", "clean"}
-NOT_IMPORTED = {"mypy", "num2words", "pytest-socket", "pytest-xdist", "ruff", "torchvision", "types-pyyaml"}
-"""Tools, and what transformers imports for some processors."""
+NOT_IMPORTED = {
+    "moto",
+    "mypy",
+    "num2words",
+    "pytest-socket",
+    "pytest-xdist",
+    "ruff",
+    "torchvision",
+    "types-pyyaml",
+}
+"""Tools, servers that tests start, and what transformers imports for some processors."""
 
 APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """Of https://www.apache.org/licenses/LICENSE-2.0.txt, as it stands there."""
@@ -104,7 +113,7 @@ def test_constraints_pin_every_direct_dependency() -> None:
 
 def test_light_half_installs_without_torch() -> None:
     light = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
-    assert light == {"pydantic", "pydantic-settings", "pyyaml", "rich"}
+    assert light == {"boto3", "botocore", "pydantic", "pydantic-settings", "pyyaml", "rich"}
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:

@@ -48,7 +48,7 @@ class _Manifest(BaseModel):
     # Lenient to keys of the same format that a later version adds; a change of meaning is a new format.
     model_config = ConfigDict(frozen=True)
 
-    id: str = Field(pattern=r"^[\w.-]+$")
+    id: str = Field(pattern=r"^\w[\w.-]*$")
     step: int = Field(ge=0)
     parent: str | None
     files: dict[str, FileRecord]
@@ -85,8 +85,7 @@ def seal(folder: Path, *, id: str, step: int, parent: str | None, extra: Mapping
         for name, path in _walk(folder):
             sync(path)
             files[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
-        for inner in _folders(folder):
-            sync(inner)
+        sync_folders(folder)
         head = {"format": FORMAT, "id": id, "step": step, "parent": parent}
         write_json(folder / MANIFEST, {**head, "files": files, "extra": dict(extra)})
     return read(folder)
@@ -109,6 +108,12 @@ def move(folder: Path, target: Path) -> None:
     folder.rename(target)
     sync(target.parent)
     sync(folder.parent)
+
+
+def sync_folders(folder: Path) -> None:
+    """Make the names in a folder and all folders inside it last."""
+    for root, _, _ in os.walk(folder, topdown=False):
+        sync(Path(root))
 
 
 def read(folder: Path) -> Sealed:
@@ -219,8 +224,3 @@ def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
             yield name, path
         elif not stat.S_ISDIR(mode):
             raise DataError(f"checkpoint {folder.name}: {name} is a link or a device, not a plain file")
-
-
-def _folders(folder: Path) -> list[Path]:
-    """`folder` and all inside it, deepest first."""
-    return [Path(root) for root, _, _ in os.walk(folder, topdown=False)]

@@ -1,0 +1,258 @@
+"""The ownership of a run: `HEAD` is taken, renewed, changed and given back by swaps, and by nothing else.
+
+    take      wait until nobody else owns the run, and begin a new epoch
+    write     swap HEAD for its successor: a renewal, a commit, a release
+    expired   whether others may believe this owner dead by now
+
+No wall clock decides anything. An owner is dead when `HEAD` has not changed for its ttl on the waiter's own
+clock; an owner that slept through its ttl reads a higher epoch at its next swap and is fenced. A store that
+does not answer fences nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Collection
+from enum import Enum, auto
+from typing import Any, Literal
+
+from runner.checkpoint.head import HEAD, MANIFESTS, TTL, Head, Owner, decode, encode, successor
+from runner.checkpoint.store import Clock, Object, Patience, Store, Transient
+from runner.errors import DataError, NotOwner, Preempted, RunnerError, StorageError
+
+POLL = 5.0
+"""Seconds between two looks of a waiter."""
+
+
+class Claim(Enum):
+    """What a process that wants a run does next."""
+
+    CREATE = auto()
+    TAKE = auto()
+    WAIT = auto()
+    LEAVE = auto()
+    """The owner lives."""
+    DONE = auto()
+
+
+class Fate(Enum):
+    """What became of a swap that was not confirmed."""
+
+    WON = auto()
+    """`HEAD` is what one of our own swaps wrote."""
+    NOTHING = auto()
+    """`HEAD` is what it was."""
+    FENCED = auto()
+
+
+def claim(head: Head | None, renewed: bool, unchanged_for: float, lock: str | None) -> Claim:
+    """What to do about a run.
+
+    HEAD       its owner's lock   changed while we waited   unchanged for   claim
+    none       -                  -                         -               CREATE
+    done       -                  -                         -               DONE
+    released   -                  -                         -               TAKE
+    held       we hold it         -                         -               TAKE: its owner is dead
+    held       another            yes                       -               LEAVE
+    held       another            no                        ttl and more    TAKE
+    held       another            no                        less            WAIT
+
+    Args:
+        lock: the lock file that this process holds, as in `Owner.lock`.
+    """
+    if head is None:
+        return Claim.CREATE
+    if head.state == "done":
+        return Claim.DONE
+    if head.state == "released" or (lock is not None and head.owner.lock == lock):
+        return Claim.TAKE
+    if renewed:
+        return Claim.LEAVE
+    return Claim.TAKE if unchanged_for >= head.ttl_s else Claim.WAIT
+
+
+def fate(found: Head, same: bool, sent: Collection[str]) -> Fate:
+    """What became of a swap, from the `HEAD` that was read afterwards.
+
+    nonce         etag as before   fate
+    one of ours   -                WON, also when an earlier swap arrived late
+    another       yes              NOTHING: try again
+    another       no               FENCED: by a higher epoch, or by a faster waiter for the same one
+
+    Args:
+        same: the etag is the one that the swap named.
+        sent: nonces of the swaps since the last confirmed one.
+    """
+    if found.nonce in sent:
+        return Fate.WON
+    return Fate.NOTHING if same else Fate.FENCED
+
+
+class Lease:
+    """One process's hold on a run.
+
+    Args:
+        patience: how long a silent store is waited for.
+        ttl: seconds that this owner promises to renew within.
+    """
+
+    def __init__(
+        self, store: Store, owner: Owner, clock: Clock, patience: Patience, ttl: float = TTL
+    ) -> None:
+        self._store = store
+        self._owner = owner
+        self._clock = clock
+        self._patience = patience
+        self._ttl = ttl
+        self._lock = threading.Lock()
+        """One swap at a time: renewals and commits come from different threads."""
+        self._head: Head | None = None
+        self._etag: str | None = None
+        self._sent: dict[str, tuple[Head, float]] = {}
+        """Swaps since the last confirmed one, by nonce, with the time when each was sent."""
+        self._confirmed = 0.0
+
+    @property
+    def head(self) -> Head:
+        """`HEAD` as last confirmed; it is ours unless it is done."""
+        if self._head is None:
+            raise DataError("the run has not been taken")
+        return self._head
+
+    @property
+    def expired(self) -> bool:
+        """Whether a waiter may take the run over: the owner pauses until a swap is confirmed again."""
+        return self._clock.now() - self._confirmed >= self._ttl
+
+    def take(self) -> bool:
+        """Become the owner. False when the run is done already, and `head` says with what.
+
+        Raises:
+            NotOwner: another process works on the run.
+            Preempted: it belongs to the same job of the orchestrator, which decides which one stays.
+            DataError: the state of the run is missing or damaged.
+        """
+        first: str | None = None
+        etag, since = None, self._clock.now()
+        while True:
+            found = self._store.read(HEAD)
+            head = None if found is None else self._decoded(found)
+            if found is not None and found.etag != etag:
+                etag, since = found.etag, self._clock.now()
+                first = first or etag
+            unchanged = self._clock.now() - since
+            match claim(head, etag != first, unchanged, self._owner.lock):
+                case Claim.DONE:
+                    self._head = head
+                    return False
+                case Claim.CREATE | Claim.TAKE:
+                    if self._begin(head, None if found is None else found.etag):
+                        return True
+                case Claim.LEAVE:
+                    assert head is not None
+                    raise self._foreign(head)
+                case Claim.WAIT:
+                    self._clock.sleep(POLL)
+
+    def write(self, change: Callable[[Head], dict[str, Any]]) -> Head:
+        """Swap `HEAD` for a successor, and return it confirmed.
+
+        Args:
+            change: the fields that differ, from the newest confirmed state; called again if that moves.
+
+        Raises:
+            NotOwner, Preempted: another process has taken the run.
+            StorageError: the store stayed silent; whether it happened is unknown until the next write.
+        """
+        with self._lock:
+            while True:
+                new = successor(self.head, **change(self.head))
+                if self._swap(new, self._etag):
+                    return new
+
+    def renew(self) -> None:
+        """Show that this owner lives."""
+        self.write(lambda head: {})
+
+    def release(self, state: Literal["released", "done"] = "released") -> None:
+        """Give the run back, as `released` or as `done`; nothing may be written afterwards."""
+        self.write(lambda head: {"state": state})
+
+    def _begin(self, old: Head | None, etag: str | None) -> bool:
+        """Try to swap in the next epoch."""
+        if old is None:
+            for key in self._store.keys(MANIFESTS):
+                raise DataError(
+                    f"{self._store.place}: {HEAD} is missing, but there are checkpoints; remedy: "
+                    f"runner checkpoints adopt {self._store.place}/{key} makes one of them the head"
+                )
+            new = Head(
+                state="held", epoch=1, owner=self._owner, seq=1, nonce=uuid.uuid4().hex, ttl_s=self._ttl
+            )
+        else:
+            new = successor(old, state="held", epoch=old.epoch + 1, owner=self._owner, ttl_s=self._ttl)
+        self._head, self._sent = new, {}
+        try:
+            return self._swap(new, etag)
+        except (NotOwner, Preempted):
+            return False  # another waiter was faster; the next look tells whether it lives
+
+    def _swap(self, new: Head, etag: str | None) -> bool:
+        """Swap once, and find out what became of it. Returns whether `HEAD` is `new` now.
+
+        Otherwise it is what an earlier swap of ours wrote, whose answer was lost.
+        """
+        self._sent[new.nonce] = (new, self._clock.now())
+        found = self._patience.run(lambda: self._tried(new, etag))
+        self._head, self._confirmed = self._sent[self._decoded(found).nonce]
+        self._etag, self._sent = found.etag, {}
+        return self._head == new
+
+    def _tried(self, new: Head, etag: str | None) -> Object:
+        """`HEAD` as one of our swaps wrote it.
+
+        Raises:
+            Transient: nothing happened so far.
+        """
+        final: RunnerError = StorageError(
+            f"{self._store.place}: {HEAD} does not change when it should; remedy: check the store"
+        )
+        data = encode(new)
+        try:
+            if (done := self._store.swap(HEAD, data, etag)) is not None:
+                return Object(data, done)
+        except Transient as error:
+            final = error.final
+        found = self._store.read(HEAD)
+        if found is None:
+            if etag is None:
+                raise Transient(final)
+            raise DataError(
+                f"{self._store.place}: {HEAD} has vanished; remedy: find out who deletes there, then runner "
+                "checkpoints adopt"
+            )
+        head = self._decoded(found)
+        match fate(head, found.etag == etag, self._sent):
+            case Fate.NOTHING:
+                raise Transient(final)
+            case Fate.FENCED:
+                raise self._foreign(head)
+            case Fate.WON:
+                return found
+
+    def _decoded(self, found: Object) -> Head:
+        try:
+            return decode(Head, found.data, f"{self._store.place}/{HEAD}")
+        except DataError as error:
+            raise DataError(
+                f"{error}; remedy: put it back from a copy, or runner checkpoints adopt with the newest "
+                f"manifest under {self._store.place}/{MANIFESTS}"
+            ) from error
+
+    def _foreign(self, head: Head) -> RunnerError:
+        owner = head.owner
+        said = f"{self._store.place}: epoch {head.epoch} belongs to {owner.attempt} on {owner.host}"
+        if owner.job is not None and owner.job == self._owner.job:
+            return Preempted(f"{said}, of the same job {owner.job}; it goes on there")
+        return NotOwner(f"{said}; remedy: wait for it, or stop it and give the same command again")
