@@ -274,7 +274,7 @@ def test_the_probe_goes_down_to_what_a_memory_limit_allows(
     """A limit of the system's own, which the run then keeps to the end."""
     # glibc keeps what it once had from the system; tensors of their own mappings go back.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))
-    outcome, events = run(tmp_path, heavy(longest_edge=512, **AUTO), trainer=capped({"room": 220}))
+    outcome, events = run(tmp_path, heavy(longest_edge=512, **AUTO), trainer=capped({"room": 140}))
     assert outcome["outcome"] == "done", outcome["error"]
     tried = [event["per_device"] for event in events if event["event"] == "probe"]
     assert tried[:2] == [1, 8]

@@ -86,8 +86,9 @@ def _fits(
     trainer: RunTrainer, collate: Collate, batches: list[list[Row]], cut: Geometry, channel: Channel
 ) -> bool:
     channel.send("probe", per_device=cut.per_device)
-    # Without a GPU the micro-batches that wait for their turn in a step are in the same memory.
-    waiting = cut.accumulation - 1 if device().type == "cpu" else 0
+    # Without a GPU the micro-batches that wait for their turn in a step are in the same memory, and so is the
+    # one that accelerate has fetched ahead.
+    waiting = cut.accumulation if device().type == "cpu" else 0
     fits = True
     try:
         for rows in batches:
