@@ -53,6 +53,9 @@ SPLIT_PATTERN = r"^\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?(\s*
 DURATION_PATTERN = r"^[0-9]+(\.[0-9]+)?(s|m|h)$"
 SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
+URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?|file:///[^?#]+|[^:?#]+)$"
+"""`s3://bucket/prefix`, or a folder: what `runner.checkpoint.place` opens."""
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 
@@ -213,19 +216,51 @@ class Launch(Section):
 
 
 class Checkpoints(Section):
-    """How much work a kill may cost."""
+    """How much work a kill may cost, and where what was done is kept."""
 
+    uri: str | None = Field(
+        default=None,
+        pattern=URI_PATTERN,
+        description="Where checkpoints go, in a folder of the run's name: s3://bucket/prefix (any endpoint "
+        "through AWS_ENDPOINT_URL) or a folder, as /mnt/checkpoints. Null: runs/<name>/checkpoints. "
+        "Credentials come from boto3's standard chain, never from the job.",
+    )
     save_steps: Count | None = Field(
-        default=None, description="Save every this many optimizer steps. Null: as often as max_loss asks."
+        default=None,
+        description="Save every this many optimizer steps. Null: as often as max_loss asks, after what a "
+        "save was measured to cost.",
     )
     max_loss: str = Field(
-        default="2m", pattern=DURATION_PATTERN, description="Most work that may be lost, as 90s, 2m or 1h."
+        default="2m",
+        pattern=DURATION_PATTERN,
+        description="Most work that a lost machine may cost, as 90s, 2m or 1h. When what is committed falls "
+        "further behind, training waits for the store.",
     )
     keep_last: int = Field(
-        default=3, ge=2, description="Checkpoints kept. At least 2, because the newest may turn out corrupt."
+        default=3,
+        ge=2,
+        le=64,
+        description="Checkpoints kept. At least 2, because the newest may turn out corrupt.",
+    )
+    store_patience: str = Field(
+        default="30m",
+        pattern=DURATION_PATTERN,
+        description="How long a store that does not answer is waited for, as 30m; then the command ends "
+        "with 74. Training goes on meanwhile, until max_loss.",
+    )
+    allow_unfenced: bool = Field(
+        default=False,
+        description="Use a store that has no conditional writes, and cannot keep two writers apart: the "
+        "user makes sure that only one command works on a run.",
+    )
+    kms_key_id: Text | None = Field(
+        default=None, description="S3: key of SSE-KMS. Null: as the bucket encrypts by default."
+    )
+    expected_bucket_owner: Text | None = Field(
+        default=None, description="S3: account id that must own the bucket. Null: not checked."
     )
 
-    @field_validator("max_loss")
+    @field_validator("max_loss", "store_patience")
     @classmethod
     def _above_zero(cls, value: str) -> str:
         if float(value[:-1]) == 0:
@@ -235,7 +270,16 @@ class Checkpoints(Section):
     @property
     def max_loss_seconds(self) -> float:
         """`max_loss` in seconds."""
-        return float(self.max_loss[:-1]) * SECONDS[self.max_loss[-1]]
+        return _seconds(self.max_loss)
+
+    @property
+    def patience_seconds(self) -> float:
+        """`store_patience` in seconds."""
+        return _seconds(self.store_patience)
+
+
+def _seconds(duration: str) -> float:
+    return float(duration[:-1]) * SECONDS[duration[-1]]
 
 
 class Job(Section):

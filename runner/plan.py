@@ -58,6 +58,8 @@ class Plan(BaseModel):
     job: Job
     run_dir: Path
     """`runs/<name>`, absolute."""
+    epoch: int = 1
+    """Number of the owner that this attempt belongs to (`runner.checkpoint.lease`)."""
     attempt: int
     """Counts the trainers that were started for this run, from 1."""
     attempt_dir: Path
@@ -75,6 +77,11 @@ class Plan(BaseModel):
     against; null reports none."""
     save_seconds: float
     """A checkpoint is saved when this much training time has passed since the last one."""
+
+
+def checkpoint_id(plan: Plan, step: int) -> str:
+    """Name of a checkpoint: sorts by step, and is never used twice, on whatever machine."""
+    return f"{step:08d}-{plan.epoch:06d}-{plan.attempt:04d}"
 
 
 def batch_record(job: Job, cut: Geometry) -> dict[str, Any]:

@@ -127,8 +127,6 @@ def test_misspelt_keys(path: str, right: tuple[str, ...]) -> None:
     [
         ("resources", {"gpu": 1}),
         ("kubernetes", {}),
-        ("checkpoints.uri", "s3://bucket/prefix"),
-        ("checkpoints.allow_unfenced", True),
         ("launch.strategy", "zero3"),
         ("launch.nodes", 2),
         ("launch.gpus_per_node", 8),

@@ -4,6 +4,8 @@
     checkpoints/<step>-<epoch>-<id>.json     a checkpoint: names to blobs; written once, after all its blobs
     blobs/<epoch>/<sha256>                   the content of a file; written once
     pins/<reader>.json                       keeps a checkpoint from collection while it is read
+    events/<epoch>-<n>.jsonl                 what happened, in parts; written once
+    run.json                                 what makes the run this run; written once, not ours
 
 The epoch is the number of the owner that wrote a thing, from 1. It stands in the key of every blob, so that
 an owner never relies on, and never loses, what an owner before it left half done. Nothing here calls a store.
@@ -27,6 +29,8 @@ HEAD = "HEAD"
 MANIFESTS = "checkpoints/"
 BLOBS = "blobs/"
 PINS = "pins/"
+EVENTS = "events/"
+IDENTITY = "run.json"
 
 TTL = 60.0
 """Seconds after which an owner that does not renew may be replaced."""
@@ -85,8 +89,16 @@ class Head(BaseModel):
     """Newest first; what a restore may use."""
     bad: tuple[str, ...] = ()
     """Manifest keys that did not verify, newest first; never restored, never a source of blobs."""
+    final: Entry | None = None
+    """The adapter and the metrics of the end, written as a checkpoint is; there when the state is done."""
     geometry: dict[str, Any] = {}
     """How the global batch was cut when it last fitted."""
+    memory_peak: float | None = None
+    """The most that this owner's trainer had of the memory limit, as a share; None where nobody knows."""
+    record: dict[str, Any] = {}
+    """What the run has cost so far: attempts, seconds, restarts, metrics (`runner.supervisor.result`)."""
+    events: str | None = None
+    """Key of the newest part of the run's events."""
 
     @property
     def newest(self) -> Entry | None:

@@ -179,8 +179,6 @@ RESERVED: frozenset[str] = frozenset(
         "kubernetes",
         "aws_batch",
         "gcp_batch",
-        "checkpoints.uri",
-        "checkpoints.allow_unfenced",
     }
 )
 """Keys that a later version reads."""

@@ -21,7 +21,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint.files import publish, seal
 from runner.errors import DataError, RunnerError
-from runner.plan import Geometry, Plan, batch_record
+from runner.plan import Geometry, Plan, batch_record, checkpoint_id
 from runner.train import rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
@@ -198,7 +198,7 @@ class RunTrainer(Trainer):
             steps=self.steps,
         )
         self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
-        name = f"{done:08d}-{self._plan.attempt:04d}"
+        name = checkpoint_id(self._plan, done)
         extra = {"batch": batch_record(self._plan.job, self._plan.geometry)}
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
         path = publish(saving, self._plan.run_dir / "outbox", name)
