@@ -9,7 +9,11 @@ Events of the supervisor:
     start       a supervisor took the run: versions
     attempt     a trainer starts: restore (id or null), step
     restart     why there is another attempt: reason, step; after an out of memory per_device: {from, to}
-    commit      a checkpoint is committed: id, step, leftover
+    commit      a checkpoint is committed: id, step, leftover; seconds that it took
+    replaced    a checkpoint that waited to be sent is given up for a newer one: id, by
+    store       a call to the store failed and is made again: message, seconds waited
+    owner       the run is taken: epoch
+    wait, go    training waits for the store, or goes on: at_risk, seconds
     bad         a committed checkpoint does not verify: id, reason
     removed     something that nobody committed is deleted: id, reason
     notice      asked to stop: reason
@@ -72,6 +76,11 @@ class EventLog:
             self._file.write(line.encode("utf-8", "replace"))
         return stamped
 
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return self._file.tell()
+
     def __enter__(self) -> Self:
         return self
 
@@ -88,11 +97,12 @@ class EventLog:
                 self._file.write(b"\n")
 
 
-def read(path: Path) -> Iterator[Event]:
-    """The events of a file, oldest first; what is no event is passed over. No file, no events."""
+def read(path: Path, begin: int = 0) -> Iterator[Event]:
+    """The events of a file from a byte on, oldest first; what is no event is passed over. No file: none."""
     if not path.exists():
         return
     with disk("read events", path), path.open("rb") as file:
+        file.seek(begin)
         for line in file:
             event = parse(line)
             if event is not None:

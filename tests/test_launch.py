@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from runner import events, launch
-from runner.checkpoint.local import Head, LocalStore
+from runner.checkpoint.folder import FolderStore
+from runner.checkpoint.head import Head, decode
+from runner.durable import disk
 from runner.errors import (
     AccessDenied,
     DataError,
@@ -74,6 +76,10 @@ class Command:
             time.sleep(0.005)
         return code, self._output.read_text()
 
+    def output(self) -> str:
+        """What it has written so far."""
+        return self._output.read_text()
+
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
 
@@ -85,7 +91,6 @@ class Bench:
     """A job with a local model and data, and commands on it."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         model, data = path / "model", path / "rows.jsonl"
         model.mkdir()
         (model / "config.json").write_text("{}")
@@ -98,6 +103,18 @@ class Bench:
             "datasets": {"train": [source], "eval": [source]},
             "evaluation": {"max_new_tokens": 8},
         }
+        self._on(path)
+
+    @classmethod
+    def beside(cls, other: Bench, path: Path) -> Bench:
+        """Another machine for the same job, whose sources are in the same place there."""
+        bench = cls.__new__(cls)
+        bench.job = dict(other.job)
+        bench._on(path)
+        return bench
+
+    def _on(self, path: Path) -> None:
+        self.path = path
         self.runs = path / "runs"
         self.run = self.runs / "bench"
 
@@ -134,8 +151,22 @@ class Bench:
         document: dict[str, Any] = json.loads((self.run / "result.json").read_text())
         return document
 
+    def events(self) -> list[dict[str, Any]]:
+        return list(events.read(self.run / "events.jsonl"))
+
     def said(self, event: str) -> list[dict[str, Any]]:
         return [one for one in events.read(self.run / "events.jsonl") if one["event"] == event]
+
+    def blob(self, checkpoint: str, name: str) -> Path:
+        """The object in the store that holds a file of a checkpoint."""
+        manifest = next((self.run / "checkpoints" / "checkpoints").glob(f"*-{checkpoint}.json"))
+        key = json.loads(manifest.read_text())["files"][name]["key"]
+        return self.run / "checkpoints" / str(key)
+
+    def head(self) -> Head:
+        data = FolderStore(self.run / "checkpoints").read("HEAD")
+        assert data is not None
+        return decode(Head, data.data, "HEAD")
 
     def weights(self) -> str:
         return (self.run / "adapter" / "weights").read_text()
@@ -182,7 +213,7 @@ def test_run_leaves_everything_and_a_second_command_says_done(bench: Bench) -> N
     assert {key: document[key] for key in ends} == ends
     assert document["metrics"]["after"]["relaxed_accuracy"]["overall"] == 0.75
     assert document["facts"] == {"engine": "fake"}
-    assert document["checkpoint"] == "00000006-0001"
+    assert document["checkpoint"] == "00000006-000001-0001"
     assert document["versions"]["python"]
     assert document["seconds"] >= 0
     assert Path(document["adapter"]) == bench.run / "adapter"
@@ -195,7 +226,9 @@ def test_run_leaves_everything_and_a_second_command_says_done(bench: Bench) -> N
         "attempts/1/trainer.log",
     ):
         assert (bench.run / name).is_file(), name
-    assert [event["step"] for event in bench.said("commit")] == [2, 4, 6]
+    steps = [event["step"] for event in bench.said("commit")]
+    assert steps[-1] == 6 and set(steps) <= {2, 4, 6}  # a newer one replaces the one that waits
+    assert (bench.head().state, bench.head().newest.step) == ("done", 6)
     assert all(event["attempt"] == 1 for event in bench.said("step"))
     before = (bench.run / "events.jsonl").read_bytes()
     code, output = bench.train()
@@ -290,7 +323,7 @@ def test_decided_failures_stop_at_once_with_their_code(bench: Bench, exit_code: 
 def test_checkpoint_that_rots_before_the_commit_is_left_out(bench: Bench, undisturbed: str) -> None:
     code, output = bench.train(at("saved:4", "rot"), at("step:5", "kill"))
     assert code == 0, output
-    assert "not committed: checkpoint 00000004-0001: state.json has SHA-256" in output
+    assert "not committed: checkpoint 00000004-000001-0001: state.json has SHA-256" in output
     assert bench.result()["restarts"][0]["step"] == 2
     assert bench.weights() == undisturbed
 
@@ -298,20 +331,20 @@ def test_checkpoint_that_rots_before_the_commit_is_left_out(bench: Bench, undist
 def test_corrupt_checkpoint_costs_the_way_back_to_the_one_before(bench: Bench, undisturbed: str) -> None:
     code, _ = bench.train(at("step:5", "crash:65"))
     assert code == 65
-    path = bench.run / "checkpoints" / "00000004-0001" / "state.json"
+    path = bench.blob("00000004-000001-0001", "state.json")
     path.write_bytes(path.read_bytes()[:-1] + b"~")
     code, output = bench.train()
     assert code == 0, output
-    assert "Going back to checkpoint 00000002-0001, step 2" in output
+    assert "Going back to checkpoint 00000002-000001-0001, step 2" in output
     assert bench.weights() == undisturbed
 
 
 def test_no_whole_checkpoint_is_65_and_never_step_0(bench: Bench) -> None:
     bench.train(at("step:3", "crash:65"))
-    (bench.run / "checkpoints" / "00000002-0001" / "state.json").unlink()
+    bench.blob("00000002-000001-0001", "state.json").unlink()
     code, output = bench.train()
     assert code == 65
-    assert "no checkpoint of this run is whole" in output
+    assert f"no checkpoint in {bench.run / 'checkpoints'} is whole" in output
     assert bench.result()["attempts"] == 1
 
 
@@ -369,16 +402,17 @@ def test_notice_while_fetching_is_75(bench: Bench) -> None:
 
 
 def test_full_disk_at_a_commit_is_74_and_the_command_goes_on(bench: Bench, undisturbed: str) -> None:
-    swap = LocalStore._swap
+    swap = FolderStore.swap
 
-    def full(store: LocalStore, head: Head) -> None:
-        if head.head == "00000004-0001":
-            raise OSError(errno.ENOSPC, "No space left on device")
-        swap(store, head)
+    def full(store: FolderStore, key: str, data: bytes, etag: str | None) -> str | None:
+        with disk(f"write {key} in the store", bench.run):
+            if any(entry.step == 4 for entry in decode(Head, data, key).retained):
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return swap(store, key, data, etag)
 
-    code, output = bench.train(at("told:4", "linger"), before=lambda: setattr(LocalStore, "_swap", full))
+    code, output = bench.train(at("told:4", "linger"), before=lambda: setattr(FolderStore, "swap", full))
     assert code == 74, output
-    assert "commit checkpoint 00000004-0001" in output
+    assert "write HEAD in the store" in output
     assert "free space there and give the same command again" in output
     assert bench.result()["steps"] == 2
     code, output = bench.train()

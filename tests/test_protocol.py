@@ -295,15 +295,6 @@ def test_holder_of_the_dead_owners_lock_does_not_wait(store: Unanswered, tmp_pat
     assert Process(store, tmp_path, "c", lock="other:7").taken().clock.now() >= TTL
 
 
-def test_owner_knows_when_it_may_be_thought_dead(a: Process) -> None:
-    a.clock.time = 59
-    assert not a.lease.expired
-    a.clock.time = 60
-    assert a.lease.expired
-    a.lease.renew()
-    assert not a.lease.expired
-
-
 @pytest.mark.parametrize("plan", [["before"], ["after"], ["before", "after"], ["late"], ["before"] * 4])
 def test_lost_answers_change_nothing(a: Process, store: Unanswered, plan: list[str]) -> None:
     store.plan = list(plan)

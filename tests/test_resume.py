@@ -57,7 +57,7 @@ TREE = {
     "in the evaluation before training": "runner.train.evaluation.evaluate:_generate:1:tree",
     "mid-accumulation, step 5": "transformers.trainer:Trainer.training_step:18:tree",
     "in the save of step 6": "runner.train.state:save_file:2:tree",
-    "in the supervisor's commit": "runner.checkpoint.local:write_json:1:self",
+    "in the supervisor's commit": "runner.checkpoint.commit:manifest_key:1:self",
     "after an optimizer step, before its record": "runner.train.trainer:RunTrainer._record:2:tree",
     "between the last save and the end": "runner.train.run:_export:1:tree",
     "in the evaluation after training": "runner.train.evaluation.evaluate:_generate:1:tree",

@@ -61,6 +61,28 @@ class Committer:
             NotOwner, Preempted: another process owns the run.
             StorageError, AccessDenied: the store, or the folder. The same call may be made again.
         """
+        entry = self._written(sealed)
+        before = self._lease.head.retained
+        after = self._lease.write(
+            lambda head: {
+                "retained": committed(head.retained, entry, self._keep_last),
+                "geometry": dict(geometry),
+            }
+        )
+        return entry, tuple(old for old in before if old not in after.retained)
+
+    def finish(self, sealed: Sealed) -> Entry:
+        """Commit what the run ends with, and that it is done, by one swap.
+
+        Raises:
+            As `commit` does.
+        """
+        entry = self._written(sealed)
+        self._lease.write(lambda head: {"state": "done", "final": entry})
+        return entry
+
+    def _written(self, sealed: Sealed) -> Entry:
+        """Send a folder and write its manifest; nobody counts it yet."""
         local = sealed.folder / MANIFEST
         with disk(f"send checkpoint {sealed.id}", sealed.folder):
             records = {
@@ -84,15 +106,7 @@ class Committer:
                 f"commit checkpoint {sealed.id}: {self._store.place}/{key} exists with other content; "
                 "remedy: give the same command again, which begins a new epoch"
             )
-        entry = self._manifests.keep(key, manifest)
-        before = self._lease.head.retained
-        after = self._lease.write(
-            lambda head: {
-                "retained": committed(head.retained, entry, self._keep_last),
-                "geometry": dict(geometry),
-            }
-        )
-        return entry, tuple(old for old in before if old not in after.retained)
+        return self._manifests.keep(key, manifest)
 
     def _send(self, sealed: Sealed, name: str, record: FileRecord) -> tuple[str, Blob]:
         key = self._known.get(record.sha256)

@@ -2,7 +2,6 @@
 
     take      wait until nobody else owns the run, and begin a new epoch
     write     swap HEAD for its successor: a renewal, a commit, a release
-    expired   whether others may believe this owner dead by now
 
 No wall clock decides anything. An owner is dead when `HEAD` has not changed for its ttl on the waiter's own
 clock; an owner that slept through its ttl reads a higher epoch at its next swap and is fenced. A store that
@@ -95,23 +94,32 @@ class Lease:
     Args:
         patience: how long a silent store is waited for.
         ttl: seconds that this owner promises to renew within.
+        also: fields of `HEAD` that go along with every swap of an owner, as they are at that moment.
     """
 
     def __init__(
-        self, store: Store, owner: Owner, clock: Clock, patience: Patience, ttl: float = TTL
+        self,
+        store: Store,
+        owner: Owner,
+        clock: Clock,
+        patience: Patience,
+        ttl: float = TTL,
+        also: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._store = store
         self._owner = owner
         self._clock = clock
         self._patience = patience
         self._ttl = ttl
+        self._also = also
         self._lock = threading.Lock()
         """One swap at a time: renewals and commits come from different threads."""
         self._head: Head | None = None
         self._etag: str | None = None
-        self._sent: dict[str, tuple[Head, float]] = {}
-        """Swaps since the last confirmed one, by nonce, with the time when each was sent."""
-        self._confirmed = 0.0
+        self._sent: dict[str, Head] = {}
+        """Swaps since the last confirmed one, by nonce."""
+        self.predecessor: Head | None = None
+        """`HEAD` as it was taken over; None of a run that began with this owner."""
 
     @property
     def head(self) -> Head:
@@ -119,11 +127,6 @@ class Lease:
         if self._head is None:
             raise DataError("the run has not been taken")
         return self._head
-
-    @property
-    def expired(self) -> bool:
-        """Whether a waiter may take the run over: the owner pauses until a swap is confirmed again."""
-        return self._clock.now() - self._confirmed >= self._ttl
 
     def take(self) -> bool:
         """Become the owner. False when the run is done already, and `head` says with what.
@@ -167,7 +170,7 @@ class Lease:
         """
         with self._lock:
             while True:
-                new = successor(self.head, **change(self.head))
+                new = successor(self.head, **{**self._also(), **change(self.head)})
                 if self._swap(new, self._etag):
                     return new
 
@@ -193,6 +196,7 @@ class Lease:
         else:
             new = successor(old, state="held", epoch=old.epoch + 1, owner=self._owner, ttl_s=self._ttl)
         self._head, self._sent = new, {}
+        self.predecessor = old
         try:
             return self._swap(new, etag)
         except (NotOwner, Preempted):
@@ -203,9 +207,9 @@ class Lease:
 
         Otherwise it is what an earlier swap of ours wrote, whose answer was lost.
         """
-        self._sent[new.nonce] = (new, self._clock.now())
+        self._sent[new.nonce] = new
         found = self._patience.run(lambda: self._tried(new, etag))
-        self._head, self._confirmed = self._sent[self._decoded(found).nonce]
+        self._head = self._sent[self._decoded(found).nonce]
         self._etag, self._sent = found.etag, {}
         return self._head == new
 

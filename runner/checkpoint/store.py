@@ -131,6 +131,23 @@ class BootClock:
         time.sleep(seconds)
 
 
+class Interruptible(BootClock):
+    """A clock whose waits can be ended, once, by another thread."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._why: RunnerError | None = None
+
+    def end(self, why: RunnerError) -> None:
+        """Every wait, of now and of later, raises `why`."""
+        self._why = self._why or why
+        self._ended.set()
+
+    def sleep(self, seconds: float) -> None:
+        if self._ended.wait(seconds) and self._why is not None:
+            raise self._why
+
+
 class Patience:
     """Repeats a call until it answers, or the store has been silent for too long.
 

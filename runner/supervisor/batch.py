@@ -9,7 +9,8 @@ from typing import Any
 
 from runner.manifest import Job
 from runner.plan import Geometry, geometry, recorded_size, recut
-from runner.supervisor.attempt import Ended, Seen
+from runner.supervisor.attempt import Ended
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Restart, smaller_batch
 
 
@@ -63,3 +64,13 @@ class Batch:
             self.fits = less
         sizes = {"from": tried.per_device, "to": less}
         return Restart(f"out of memory {ended.seen.place}: {ended.reason}", sizes)
+
+    def shrink_after(self, size: int, how: str) -> Restart:
+        """Take the next smaller size than one that took the machine down in an earlier command.
+
+        Raises:
+            RunnerError: there is none.
+        """
+        less = smaller_batch(self.job, recut(geometry(self.job), size), "before this command", how).per_device
+        self.fits = less
+        return Restart(f"out of memory: {how}", {"from": size, "to": less})

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from runner import request
+from runner.checkpoint.place import run_place
 from runner.durable import disk, write_json
 from runner.errors import DataError, JobError, Preempted, Problem, RunnerError
 from runner.events import Event
@@ -27,11 +29,12 @@ from runner.manifest import Job
 from runner.plan import Plan, geometry
 from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity
-from runner.supervisor.attempt import TRAINER, Seen
+from runner.supervisor.attempt import TRAINER
 from runner.supervisor.fetching import fetched
 from runner.supervisor.progress import Screen, metric_lines
 from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import final_error
 
 BASE = "base"
@@ -68,12 +71,13 @@ def evaluate(
         stored = identity.read(folder.identity)
         if stored is not None and path == folder.adapter:
             # Other rows and other limits are welcome here; another base model is not.
-            identity.check_job(stored, job, folder.path, sections=("model.*",))
+            place = identity.Place(run_place(job.checkpoints.uri, job.name, folder.path), folder.path)
+            identity.check_job(stored, job, place, sections=("model.*",))
         base = f"the model in {whole}" if label == WHOLE else "the base model"
         screen.line(f"evaluating {base if path is None else f'the adapter in {path}'}")
         pins = {} if stored is None else stored.pins
-        request = fetch.Request(job=job, train=False, pins=pins)
-        sources = fetched(request, folder.fetch, notices, screen.show).fetched
+        asked = fetch.Request(job=job, train=False, pins=pins)
+        sources = fetched(asked, folder.fetch, notices, screen.show).fetched
         if label == WHOLE:
             sources = sources.model_copy(update={"model": str(whole)})
         number, own = attempt.new_folder(folder.evaluation / "attempts")
@@ -94,6 +98,11 @@ def evaluate(
             if event["event"] != "evaluation":  # the end says it
                 screen.show(event)
 
+        def ask_to_stop(reason: str) -> bool:
+            request.write(own, request.Request("stop", reason))
+            screen.line(f"{reason}: stopping")
+            return False
+
         ended = attempt.run(
             plan,
             trainer=trainer,
@@ -101,7 +110,7 @@ def evaluate(
             notices=notices,
             seen=Seen(),
             on_event=show,
-            on_notice=lambda reason: screen.line(f"{reason}: stopping"),
+            on_notice=ask_to_stop,
             on_tick=screen.tick,
         )
         screen.close()

@@ -1,4 +1,6 @@
-"""What makes a run the same run: `runs/<name>/run.json`, written once, compared at every start.
+"""What makes a run the same run: `run.json` in its store, written once, compared at every start.
+
+A copy lies in `runs/<name>/`: for `runner evaluate`, and to tell a run whose store is gone from a new one.
 
 Everything in a job defines the run, but for two groups of keys:
 
@@ -19,6 +21,7 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runner import __version__
 from runner.checkpoint.files import refuse_newer
-from runner.durable import disk, write_json
+from runner.durable import disk
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 
@@ -81,32 +84,54 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read(path: Path) -> Identity | None:
-    """The identity of a run; None if it has none yet.
+def encode(identity: Identity) -> bytes:
+    """The content of `run.json`."""
+    document = {"format": 1, **identity.model_dump(mode="json")}
+    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def decode(data: bytes, place: str) -> Identity:
+    """The identity of a run.
+
+    Args:
+        place: where it was read, for messages.
 
     Raises:
         DataError: `run.json` cannot be understood.
         JobError: it is of a newer format.
     """
-    if not path.exists():
-        return None
-    remedy = "remedy: put it back from a copy, or remove the run's whole folder to start over"
     try:
-        with disk("read the run's identity", path):
-            document = json.loads(path.read_bytes())
-        refuse_newer(document, str(path))
+        document = json.loads(data)
+        refuse_newer(document, place)
         return Identity.model_validate(document)
     except (ValueError, ValidationError) as error:
-        raise DataError(f"{path}: cannot be read as the identity of a run; {remedy}") from error
+        remedy = "remedy: put it back from a copy, or remove the whole run to start over"
+        raise DataError(f"{place}: cannot be read as the identity of a run; {remedy}") from error
 
 
-def write(path: Path, identity: Identity) -> None:
-    """Keep the identity of a run that starts."""
-    with disk("write the run's identity", path):
-        write_json(path, {"format": 1, **identity.model_dump(mode="json")})
+def read(path: Path) -> Identity | None:
+    """The copy on this machine; None if there is none yet."""
+    with disk("read the run's identity", path):
+        return decode(path.read_bytes(), str(path)) if path.exists() else None
 
 
-def check_job(stored: Identity, job: Job, run_dir: Path, sections: Iterable[str] = ("*",)) -> list[str]:
+@dataclass(frozen=True)
+class Place:
+    """Where a run is kept, for messages."""
+
+    store: str
+    """Address."""
+    folder: Path
+
+    @property
+    def remedy(self) -> str:
+        """How to begin anew where another run is."""
+        if Path(self.store).is_relative_to(self.folder):
+            return f"remove {self.folder} and all that it trained"
+        return f"remove it (runner checkpoints rm {self.store}, and {self.folder})"
+
+
+def check_job(stored: Identity, job: Job, place: Place, sections: Iterable[str] = ("*",)) -> list[str]:
     """Compare a job with the one that the run began with.
 
     Args:
@@ -122,8 +147,8 @@ def check_job(stored: Identity, job: Job, run_dir: Path, sections: Iterable[str]
         # Through the models, so that keys that came later have their defaults.
         old = flat(Job.model_validate(stored.job).model_dump(mode="json"))
     except ValidationError as error:
-        reason = f"{run_dir} belongs to a job that this version of the runner does not accept any more"
-        raise JobError([Problem("name", reason, _remedy(job, run_dir))]) from error
+        reason = f"{place.store} belongs to a job that this version of the runner does not accept any more"
+        raise JobError([Problem("name", reason, _remedy(job, place))]) from error
     new = flat(job.model_dump(mode="json"))
     changed = [
         name
@@ -139,12 +164,12 @@ def check_job(stored: Identity, job: Job, run_dir: Path, sections: Iterable[str]
         lines = [shown[name] for name in defining[:_SHOWN]]
         if len(defining) > _SHOWN:
             lines.append(f"and {len(defining) - _SHOWN} more")
-        reason = f"{run_dir} belongs to another job of this name:\n      " + "\n      ".join(lines)
-        raise JobError([Problem("name", reason, _remedy(job, run_dir))])
+        reason = f"{place.store} belongs to another job of this name:\n      " + "\n      ".join(lines)
+        raise JobError([Problem("name", reason, _remedy(job, place))])
     return [f"changed since the run began: {shown[name]}" for name in changed if _matches(name, said)]
 
 
-def check_sources(stored: Identity, fingerprints: Mapping[str, str], job: Job, run_dir: Path) -> None:
+def check_sources(stored: Identity, fingerprints: Mapping[str, str], job: Job, place: Place) -> None:
     """Compare local files with what the run began with.
 
     Raises:
@@ -154,8 +179,8 @@ def check_sources(stored: Identity, fingerprints: Mapping[str, str], job: Job, r
         path for path, value in fingerprints.items() if stored.fingerprints.get(path, value) != value
     )
     if other:
-        reason = f"{run_dir} began with other content in {', '.join(other)}"
-        raise JobError([Problem("name", reason, f"put it back, or {_remedy(job, run_dir)}")])
+        reason = f"{place.store} began with other content in {', '.join(other)}"
+        raise JobError([Problem("name", reason, f"put it back, or {_remedy(job, place)}")])
 
 
 def changed_versions(stored: Identity, now: Mapping[str, str]) -> str | None:
@@ -200,5 +225,5 @@ def _say(value: Any) -> str:
     return "absent" if isinstance(value, _Absent) else json.dumps(value, ensure_ascii=False)
 
 
-def _remedy(job: Job, run_dir: Path) -> str:
-    return f"give this job another name than {job.name!r}, or remove {run_dir} and all that it trained"
+def _remedy(job: Job, place: Place) -> str:
+    return f"give this job another name than {job.name!r}, or {place.remedy}"

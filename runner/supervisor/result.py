@@ -1,26 +1,25 @@
-"""`runs/<name>/result.json`: the truth about how a run ended, composed from its events and its last outcome.
+"""`runs/<name>/result.json`: the truth about how a run ended, composed from its record and its last outcome.
 
     outcome       "done" | "preempted" | "failed"                      public
     exit_code     of the command                                       public
     steps         optimizer steps that are kept                        public
     attempts      trainers that were started                           public
     metrics       {"before": ..., "after": ...}, null if unknown       public
-    restarts      [{"attempt", "reason", "step", "per_device"}], step = restored from,
+    restarts      the newest 50: [{"attempt", "reason", "step", "per_device"}], step = restored from,
                   per_device = {"from", "to"} after an out of memory, else null
     error         the message, null when done
     adapter       folder of what was trained, null before it is there
     checkpoint    id of the newest committed checkpoint
     versions      of the packages of the last attempt
     facts         what was really in force, as the trainer recorded it
-    seconds       wall time of all attempts, from their events
+    seconds       wall time of all attempts, on all machines
 
 It is written at every end that this process sees, and says nothing about a run that goes on or was killed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runner.durable import disk, write_json
 from runner.events import Event
+
+RESTARTS_KEPT = 50
+"""`HEAD` holds them, and is read and written whole."""
 
 
 class Result(BaseModel):
@@ -51,37 +53,39 @@ class Result(BaseModel):
     seconds: float
 
 
-@dataclass
-class Record:
-    """What the events of a run add up to."""
+class Record(BaseModel):
+    """What the events of a run add up to, on all machines that it was on: `record` in `HEAD`."""
 
-    restarts: list[dict[str, Any]] = field(default_factory=list)
-    metrics: dict[str, Any] = field(default_factory=lambda: {"before": None, "after": None})
+    attempts: int = 0
+    """Number of the newest attempt."""
     seconds: float = 0.0
-    last: Event | None = None
+    """Of all attempts, from their events."""
+    restarts: list[dict[str, Any]] = []
+    """The newest `RESTARTS_KEPT`."""
+    metrics: dict[str, Any] = {"before": None, "after": None}
+    last: dict[str, Any] | None = None
     """The newest event of an attempt or of the end of a supervisor."""
+    size: int = 0
+    """Bytes of the events file of the last supervisor that are in this."""
+    clock: float | None = None
+    """Time of the newest event of the attempt."""
 
-
-def add_up(events: Iterable[Event]) -> Record:
-    """Read a run's events, oldest first."""
-    record = Record()
-    spans: dict[Any, tuple[float, float]] = {}
-    for event in events:
+    def note(self, event: Event) -> None:
+        """Take the next event of the run."""
         attempt, now = event.get("attempt"), event.get("time")
         if isinstance(attempt, int) and attempt > 0 and isinstance(now, int | float):
-            start, _ = spans.get(attempt, (now, now))
-            spans[attempt] = (start, now)
-        if event["event"] == "restart":
-            record.restarts.append(
-                {key: event.get(key) for key in ("attempt", "reason", "step", "per_device")}
-            )
-        elif event["event"] == "evaluation" and event.get("when") in record.metrics:
-            record.metrics[event["when"]] = event.get("metrics")
-        if event["event"] in ("attempt", "end"):
-            record.last = event
-    # Never negative, should the machine's clock have been set back.
-    record.seconds = round(sum(max(0.0, end - start) for start, end in spans.values()), 3)
-    return record
+            if attempt == self.attempts and self.clock is not None:
+                # Never negative, should the machine's clock have been set back.
+                self.seconds = round(self.seconds + max(0.0, now - self.clock), 3)
+            self.attempts, self.clock = max(attempt, self.attempts), now
+        match event["event"]:
+            case "restart":
+                restart = {key: event.get(key) for key in ("attempt", "reason", "step", "per_device")}
+                self.restarts = [*self.restarts, restart][-RESTARTS_KEPT:]
+            case "evaluation" if event.get("when") in self.metrics:
+                self.metrics = {**self.metrics, event["when"]: event.get("metrics")}
+            case "attempt" | "end":
+                self.last = {key: event.get(key) for key in ("event", "outcome", "error")}
 
 
 def read(path: Path) -> Result | None:

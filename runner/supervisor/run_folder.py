@@ -1,13 +1,15 @@
 """`runs/<name>/`: where everything of a run lies, and the lock that one supervisor holds on it.
 
 job.yaml        the job as it runs, with the source of every value
-run.json        what defines the run (`runner.supervisor.identity`)
+run.json        what defines the run: a copy of the store's (`runner.supervisor.identity`)
+stop            made by whoever wants the run to save and stop; removed when it is heard
 plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)
 fetch/          what was asked of `runner.supervisor.fetch`, and its answer
 attempts/<n>/   one trainer each (`runner.supervisor.attempt`)
 outbox/         checkpoints that are published and not yet committed
-checkpoints/    the committed ones (`runner.checkpoint.local`)
+newest/         the newest committed checkpoint, for a restart on this machine
+checkpoints/    the store of a run that has no `checkpoints.uri` (`runner.checkpoint.folder`)
 evaluation/     metrics, and every prediction
 steps.jsonl     every optimizer step, when training is done
 adapter/        what was trained
@@ -65,8 +67,12 @@ class RunFolder:
         return self.path / "outbox"
 
     @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+    def newest(self) -> Path:
+        return self.path / "newest"
+
+    @property
+    def stop(self) -> Path:
+        return self.path / "stop"
 
     @property
     def evaluation(self) -> Path:
@@ -81,8 +87,12 @@ class RunFolder:
         return self.path / "result.json"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Iterator[str | None]:
         """Create the folder and own it until the block ends, or this process does.
+
+        Yields:
+            A name of the lock that no other lock has while this machine runs: who holds it next knows that
+            this process has ended. None where no boot has an id.
 
         Raises:
             NotOwner: another process has it.
@@ -106,7 +116,10 @@ class RunFolder:
                 handle.truncate(0)
                 handle.write(f"process {os.getpid()} on {socket.gethostname()}")
                 handle.flush()
-            yield
+                found = os.fstat(handle.fileno())
+            boot = Path("/proc/sys/kernel/random/boot_id")
+            known = boot.read_text().strip() if boot.exists() else None
+            yield None if known is None else f"{known}:{found.st_dev}:{found.st_ino}"
 
     def sweep(self) -> None:
         """Delete what killed attempts had half written. Only for the owner, with no trainer alive."""

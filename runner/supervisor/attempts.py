@@ -1,0 +1,214 @@
+"""One trainer after another, until one finishes: each from the newest checkpoint that the store has.
+
+    restore -> plan -> spawn; what it publishes is shipped, what it says decides -> once more | done | stop
+
+What a single attempt is stands in `runner.supervisor.attempt`, what follows from its end in `verdict`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from runner.checkpoint.files import Sealed
+from runner.durable import disk, write_text
+from runner.errors import Preempted
+from runner.events import Event
+from runner.manifest import Job
+from runner.plan import Fetched, Geometry, Plan, batch_record, recut
+from runner.supervisor import attempt
+from runner.supervisor.attempt import NEAR, Ended
+from runner.supervisor.batch import Batch
+from runner.supervisor.custody import Custody
+from runner.supervisor.direct import Director
+from runner.supervisor.journal import Journal
+from runner.supervisor.pace import Pace
+from runner.supervisor.progress import Screen
+from runner.supervisor.ranks import Notices
+from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.seen import Seen
+from runner.supervisor.verdict import History, Outcome, Restart, final_error
+
+
+class Attempts:
+    """The trainers of one supervisor.
+
+    Args:
+        grace: seconds from a notice until the machine is gone; None: unknown.
+        trainer: the command that runs a plan.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        folder: RunFolder,
+        notices: Notices,
+        screen: Screen,
+        journal: Journal,
+        grace: float | None,
+        trainer: Sequence[str],
+    ) -> None:
+        self._job = job
+        self._folder = folder
+        self._notices = notices
+        self._screen = screen
+        self._journal = journal
+        self._trainer = trainer
+        self._batch = Batch(job)
+        self._pace = Pace(job.checkpoints.max_loss_seconds)
+        self._director = Director(self._pace, grace, journal)
+        self._cut: Geometry | None = None
+        self.seen = Seen()
+        """Of the newest attempt."""
+        self.outcome: Outcome | None = None
+        """Of the newest attempt, if it left one."""
+
+    @property
+    def deadline(self) -> float | None:
+        """On the monotonic clock, when the store has to have everything; None: nobody knows."""
+        return self._director.deadline
+
+    @property
+    def batch_record(self) -> dict[str, Any]:
+        """How the global batch is cut now, for `HEAD`; empty before the first trainer."""
+        if self._cut is None:
+            return {}
+        size = self.seen.per_device or self._cut.per_device
+        return batch_record(self._job, recut(self._cut, size))
+
+    def run(self, sources: Fetched, custody: Custody) -> None:
+        """Start trainers until one finishes.
+
+        Raises:
+            RunnerError: one decided to stop, or was asked to, or they do not get on.
+        """
+        history = History()
+        restart = self._after_predecessor(custody)
+        while True:
+            plan, ended, progressed = self._attempt(sources, restart, custody)
+            self.outcome = ended.outcome
+            if ended.outcome is not None:
+                final = final_error(ended.outcome)
+                if isinstance(final, Preempted):
+                    raise Preempted(self._stopped(str(final), custody))
+                if final is not None:
+                    raise final
+                if ended.outcome.outcome == "done":
+                    return
+            if self._notices.first is not None:
+                how = f"the trainer ended {ended.seen.place} with {ended.reason}"
+                raise Preempted(self._stopped(how, custody))
+            self._journal.line(ended.message(self._journal.attempt))
+            self._batch.note(ended.seen)
+            if ended.out_of_memory:
+                history = History() if progressed else history
+                restart = self._batch.shrink(plan.geometry, ended)
+            else:
+                restart = history.decide(ended.crash(self._journal.attempt, progressed))
+
+    def _attempt(
+        self, sources: Fetched, restart: Restart | None, custody: Custody
+    ) -> tuple[Plan, Ended, bool]:
+        """One trainer, from the newest whole checkpoint: how it ended, and whether it left a newer one."""
+        if self._notices.first is not None:
+            raise Preempted(self._stopped("before a trainer was started", custody))
+        self._folder.sweep()
+        restore = custody.restore()
+        plan = self._planned(sources, restore, custody)
+        self._journal.begin_attempt(plan.attempt)
+        self._say_start(plan, restore, restart)
+        custody.renew()  # the attempt's number and its cut are known before it can take the machine down
+        before = custody.newest
+        self._director.begin(plan.attempt_dir)
+
+        def on_event(event: Event) -> None:
+            self._pace.note(event)
+            self._journal.say(event)
+            if event["event"] == "checkpoint":
+                custody.shipper.offer(self._folder.outbox / Path(event["id"]).name)
+
+        def on_notice(reason: str) -> bool:
+            self._journal.say({"event": "notice", "reason": reason})
+            return self._director.stop(reason)
+
+        def on_tick() -> str | None:
+            self._journal.show()
+            self._screen.tick()
+            custody.check()
+            for entry, seconds in custody.shipper.committed():
+                self._pace.committed(entry, seconds)
+            return self._director.look()
+
+        ended = attempt.run(
+            plan,
+            trainer=self._trainer,
+            environ=attempt.environ_of_trainer(os.environ),
+            notices=self._notices,
+            seen=self.seen,
+            on_event=on_event,
+            on_notice=on_notice,
+            on_tick=on_tick,
+        )
+        if ended.ended_for_memory:
+            custody.renew()  # with the peak
+        custody.offer_rest(self.deadline)
+        return plan, ended, custody.newest != before
+
+    def _planned(self, sources: Fetched, restore: Sealed | None, custody: Custody) -> Plan:
+        number, folder = attempt.new_folder(self._folder.attempts, self._journal.record.attempts)
+        self.seen = Seen()
+        self._cut, probe = self._batch.start(None if restore is None else restore.extra.get("batch"))
+        plan = Plan(
+            purpose="train",
+            job=self._job,
+            run_dir=self._folder.path,
+            epoch=custody.epoch,
+            attempt=number,
+            attempt_dir=folder,
+            geometry=self._cut,
+            probe=probe,
+            fetched=sources,
+            restore=None if restore is None else restore.folder,
+            save_seconds=self._pace.save_seconds,
+        )
+        with disk("write the plan", self._folder.plan):
+            write_text(self._folder.plan, plan.model_dump_json(indent=2) + "\n")
+        return plan
+
+    def _say_start(self, plan: Plan, restore: Sealed | None, restart: Restart | None) -> None:
+        id, step = (None, 0) if restore is None else (restore.id, restore.step)
+        if restart is not None:
+            said = {"reason": restart.reason, "step": step, "per_device": restart.sizes}
+            self._journal.say({"event": "restart", **said})
+            origin = "step 0" if id is None else f"checkpoint {id}, step {step}"
+            smaller = ""
+            if restart.sizes is not None:
+                smaller = ", with {to} rows per device instead of {from}".format(**restart.sizes)
+            self._journal.line(f"attempt {plan.attempt} goes on from {origin}{smaller}")
+        self._journal.say({"event": "attempt", "restore": id, "step": step})
+
+    def _after_predecessor(self, custody: Custody) -> Restart | None:
+        """Why the last attempt of an earlier command did not finish; None if there was none.
+
+        its owner     memory peak    restart
+        gave back     -              with the reason that it wrote down
+        did not       below `NEAR`   killed together with its supervisor
+        did not       `NEAR`         the same, with the next smaller size: the kernel takes the whole group
+        """
+        last, before = self._journal.record.last, custody.predecessor
+        if last is None or before is None or not self._journal.record.attempts:
+            return None
+        if last["event"] == "end" and before.state != "held":
+            return Restart(f"{last.get('outcome')}: {last.get('error')}")
+        size = before.geometry.get("per_device")
+        if (before.memory_peak or 0.0) >= NEAR and isinstance(size, int):
+            how = f"killed together with its supervisor at {before.memory_peak:.0%} of the memory limit"
+            return self._batch.shrink_after(size, how)
+        return Restart("killed together with its supervisor")
+
+    def _stopped(self, how: str, custody: Custody) -> str:
+        newest = custody.newest
+        kept = "nothing was committed yet" if newest is None else f"step {newest.step} is committed"
+        return f"{self._notices.first or 'the trainer'}: {how}; {kept}; the same command goes on"

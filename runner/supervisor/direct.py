@@ -1,0 +1,121 @@
+"""What a trainer is asked for while it works: save at this interval, wait for the store, stop.
+
+store                             notice    time left            asked
+keeps up                          -         -                    go
+further behind than max_loss      -         -                    wait, until it is not
+-                                 yes       enough, or unknown   stop: save, and end
+-                                 yes       too little to save   ended; what is under way is committed
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from runner import request
+from runner.errors import JobError, Problem
+from runner.request import Request
+from runner.supervisor.journal import Journal
+from runner.supervisor.pace import Pace
+
+GRACE = "RUNNER_GRACE_SECONDS"
+"""Variable: seconds from a notice until the machine is gone; unset: nobody knows."""
+
+MARGIN = 1.0
+"""Seconds of the grace period that are left for the end of this process."""
+
+CHANGE = 1.25
+"""The interval between saves is told again when it has changed by this factor."""
+
+
+def grace_seconds(environ: Mapping[str, str]) -> float | None:
+    """The grace period of this machine; None where nobody said.
+
+    Raises:
+        JobError: it is no number of seconds.
+    """
+    text = environ.get(GRACE)
+    if not text:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        reason = f"{GRACE}={text!r} is no number of seconds"
+        raise JobError([Problem("", reason, f"set {GRACE} to the grace period, as 30, or leave it out")])
+    return seconds
+
+
+class Director:
+    """Requests to the trainers of one supervisor.
+
+    Args:
+        grace: seconds from a notice until the machine is gone; None: unknown.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        grace: float | None,
+        journal: Journal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._pace = pace
+        self._grace = grace
+        self._journal = journal
+        self._clock = clock
+        self._folder: Path | None = None
+        self._asked = Request()
+        self._said_slow = False
+        self.deadline: float | None = None
+        """On the monotonic clock, when the store has to have everything; None: no notice, or nobody knows."""
+
+    def begin(self, attempt_dir: Path) -> None:
+        """Talk to the trainer of this attempt from now on; it knows the interval from its plan."""
+        self._pace.begin()
+        self._folder = attempt_dir
+        self._asked = Request(save_seconds=self._pace.save_seconds)
+
+    def stop(self, reason: str) -> bool:
+        """Answer a notice. True when there is no time to save: the trainer is to be ended."""
+        if self._grace is not None:
+            self.deadline = self._clock() + self._grace - MARGIN
+            if self._grace - MARGIN < self._pace.last_save:
+                self._journal.line(
+                    f"{reason}: {self._grace:g} s of grace are too few for a save and its commit "
+                    f"({self._pace.last_save:.1f} s): stopping with what is committed"
+                )
+                return True
+        self._journal.line(f"{reason}: saving and stopping; a second one stops at once")
+        self._ask(Request("stop", reason))
+        return False
+
+    def look(self) -> str | None:
+        """Ask for what is right by now; returns why the trainer has to be ended, if it has."""
+        if self._asked.action == "stop":
+            late = self.deadline is not None and self._clock() >= self.deadline - self._pace.commit_seconds
+            return "the grace period leaves no time to save" if late else None
+        if not self._said_slow and (slow := self._pace.too_slow()) is not None:
+            self._said_slow = True
+            self._journal.say({"event": "warning", "message": slow})
+        interval, before = self._pace.save_seconds, self._asked.save_seconds or 0.0
+        if self._pace.behind and self._asked.action == "go":
+            at_risk = round(self._pace.at_risk, 1)
+            reason = f"{at_risk} s of training are not in the store yet"
+            self._journal.say({"event": "wait", "at_risk": at_risk})
+            self._journal.line(f"training waits for the store: {reason}")
+            self._ask(Request("wait", reason, interval))
+        elif not self._pace.behind and self._asked.action == "wait":
+            self._journal.say({"event": "go", "at_risk": round(self._pace.at_risk, 1)})
+            self._journal.line("the store has caught up: training goes on")
+            self._ask(Request("go", "", interval))
+        elif max(interval, before) > CHANGE * min(interval, before):
+            self._ask(Request(self._asked.action, self._asked.reason, interval))
+        return None
+
+    def _ask(self, asked: Request) -> None:
+        assert self._folder is not None
+        self._asked = asked
+        request.write(self._folder, asked)

@@ -1,0 +1,89 @@
+"""What happens, told once: to events.jsonl at once and from any thread, to the run's record, to the screen.
+
+Only the thread that watches the trainer draws; what other threads say waits until it looks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from runner import events
+from runner.events import Event, EventLog
+from runner.supervisor.progress import Screen
+from runner.supervisor.result import Record
+
+
+class Journal:
+    """The voice of one supervisor; made by the thread that draws.
+
+    Args:
+        wake: called when another thread has said something.
+    """
+
+    def __init__(self, log: EventLog, screen: Screen, wake: Callable[[], None]) -> None:
+        self._log = log
+        self._screen = screen
+        self._wake = wake
+        self._lock = threading.Lock()
+        self._artist = threading.get_ident()
+        self._unseen: deque[Event] = deque()
+        self.record = Record()
+
+    def resume(self, record: Mapping[str, Any], here: bool, file: Path) -> None:
+        """Go on from the record in `HEAD`.
+
+        Args:
+            here: the last supervisor wrote to this same `file`, which has what it did since.
+        """
+        with self._lock:
+            kept = Record.model_validate(record)
+            if here:
+                for event in events.read(file, kept.size):
+                    kept.note(event)
+            kept.size = self._log.size
+            self.record = kept
+
+    def begin_attempt(self, number: int) -> None:
+        """What is said from now on belongs to this attempt."""
+        self._log.attempt = number
+
+    @property
+    def size(self) -> int:
+        """Bytes of the events file."""
+        return self._log.size
+
+    @property
+    def attempt(self) -> int:
+        """The attempt that events belong to, 0 before the first."""
+        return self._log.attempt
+
+    def say(self, event: Mapping[str, Any]) -> None:
+        """Tell what happened."""
+        with self._lock:
+            written = self._log.write(event)
+            self.record.note(written)
+            self.record.size = self._log.size
+            self._unseen.append(written)
+        if threading.get_ident() == self._artist:
+            self.show()
+        else:
+            self._wake()
+
+    def show(self) -> None:
+        """Draw what has been said; the watching thread's."""
+        while self._unseen:
+            self._screen.show(self._unseen.popleft())
+
+    def line(self, text: str) -> None:
+        """A line for the person alone; the watching thread's."""
+        self.show()
+        self._screen.line(text)
+
+    def snapshot(self) -> dict[str, Any]:
+        """The record as `HEAD` keeps it."""
+        with self._lock:
+            return self.record.model_dump(mode="json")

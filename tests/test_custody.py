@@ -1,0 +1,278 @@
+"""One supervisor's hold on a run in a folder: what is left over, what rots, and a kill at every operation."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runner import events
+from runner.checkpoint.files import publish, seal
+from runner.errors import DataError
+from runner.events import EventLog
+from runner.manifest import Job
+from runner.supervisor.custody import Custody
+from runner.supervisor.journal import Journal
+from runner.supervisor.progress import Screen
+from runner.supervisor.ranks import Notices
+from runner.supervisor.run_folder import RunFolder
+from tests.small_job import SMALL
+
+
+def make(run: Path, step: int, parent: str | None, attempt: int = 1) -> Path:
+    """A published checkpoint."""
+    name = f"{step:08d}-{attempt:04d}"
+    folder = run / f"saving-{step}-{attempt}"
+    (folder / "inner").mkdir(parents=True)
+    (folder / "state.json").write_text(f'{{"step": {step}}}')
+    (folder / "inner" / "weights").write_bytes(bytes(range(256)) * 8)
+    seal(folder, id=name, step=step, parent=parent, extra={"attempt": attempt})
+    (run / "outbox").mkdir(exist_ok=True)
+    return publish(folder, run / "outbox", name)
+
+
+class World:
+    """A run's folder, its supervisor opened again at will."""
+
+    def __init__(self, path: Path) -> None:
+        self.runs = path
+        self.folder = RunFolder(path / "small")
+        self.run = self.folder.path
+
+    @contextlib.contextmanager
+    def custody(self, uri: str | None = None) -> Iterator[Custody]:
+        job = Job.model_validate({**SMALL, "checkpoints": {"keep_last": 2, "uri": uri}})
+        with (
+            self.folder.locked() as lock,
+            Notices() as notices,
+            contextlib.closing(Screen()) as screen,
+            EventLog(self.folder.events) as log,
+            contextlib.closing(
+                Custody(
+                    job,
+                    self.folder,
+                    lock,
+                    notices,
+                    Journal(log, screen, notices.wake),
+                    geometry=dict,
+                    memory_peak=lambda: None,
+                )
+            ) as custody,
+        ):
+            yield custody
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[Custody]:
+        with self.custody() as custody:
+            assert custody.take(None)
+            yield custody
+
+    def with_steps(self, *steps: int) -> None:
+        with self.taken() as custody:
+            parent = None
+            for step in steps:
+                folder = make(self.run, step, parent)
+                custody.shipper.offer(folder)
+                custody.drain()
+                parent = folder.name
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [one for one in events.read(self.folder.events) if one["event"] == event]
+
+    def outbox(self) -> list[str]:
+        return sorted(path.name for path in (self.run / "outbox").iterdir())
+
+    def newest(self) -> int | None:
+        """The step that a new supervisor goes on from."""
+        with self.taken() as custody:
+            found = custody.restore()
+            return None if found is None else found.step
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path)
+
+
+FIVE = "00000005-0001"
+
+
+@pytest.mark.parametrize(
+    ("parents", "committed"),
+    [
+        ([FIVE], [10]),
+        ([FIVE, "00000010-0001"], [10, 11]),
+        ([FIVE, FIVE], [10]),
+        (["00000004-0001"], []),
+        ([None], []),
+    ],
+)
+def test_leftovers_that_go_on_from_the_head_are_committed(
+    world: World, parents: list[str | None], committed: list[int]
+) -> None:
+    world.with_steps(5)
+    before = len(world.said("commit"))
+    for step, parent in enumerate(parents, start=10):
+        make(world.run, step, parent)
+    with world.taken() as custody:
+        custody.restore()
+        custody.leftovers()
+    assert [event["step"] for event in world.said("commit")[before:]] == committed
+    assert all(event["leftover"] for event in world.said("commit")[before:])
+    assert len(world.said("removed")) == len(parents) - len(committed)
+    assert world.outbox() == []
+    assert world.newest() == (committed or [5])[-1]
+
+
+def test_leftover_that_is_broken_is_removed_and_named(world: World) -> None:
+    world.with_steps(5)
+    (make(world.run, 10, FIVE) / "state.json").write_text("{}")
+    (world.run / "outbox" / "note.txt").write_text("a person's")
+    with world.taken() as custody:
+        custody.leftovers()
+    assert [event["id"] for event in world.said("removed")] == ["00000010-0001", "note.txt"]
+    assert "has 2 bytes" in world.said("removed")[0]["reason"]
+    assert world.newest() == 5
+
+
+def test_leftover_that_was_committed_is_not_committed_twice(world: World) -> None:
+    world.with_steps(5)
+    make(world.run, 5, None)
+    with world.taken() as custody:
+        custody.leftovers()
+    assert world.said("removed")[0]["reason"] == "it is committed already"
+    assert world.newest() == 5
+
+
+def test_newer_checkpoint_replaces_the_one_that_waits(world: World) -> None:
+    with world.taken() as custody:
+        folders = [make(world.run, step, None, attempt=step) for step in (1, 2, 3, 4, 5)]
+        for folder in folders:
+            custody.shipper.offer(folder)
+        custody.drain()
+        assert custody.newest is not None and custody.newest.step == 5
+    assert len(world.said("replaced")) >= 3
+    assert len(world.said("replaced")) + len(world.said("commit")) == 5
+    assert world.outbox() == []
+
+
+def test_nothing_on_this_machine_stands_in_for_the_store(world: World) -> None:
+    """The copy for restarts is whole; the store's is not. A start must see that."""
+    world.with_steps(5, 10)
+    assert (world.run / "newest" / "00000010-0001").is_dir()
+    manifest = next((world.run / "checkpoints" / "checkpoints").glob("00000010-*"))
+    blob = world.run / "checkpoints" / json.loads(manifest.read_text())["files"]["state.json"]["key"]
+    blob.write_bytes(blob.read_bytes()[:-1] + b"~")
+    assert world.newest() == 5
+    assert "has SHA-256" in world.said("bad")[0]["reason"]
+
+
+def test_run_whose_identity_is_gone_is_not_begun_again(world: World) -> None:
+    from runner.supervisor.identity import Identity
+
+    world.with_steps(5)
+    with world.taken() as custody, pytest.raises(DataError, match=r"run\.json is missing"):
+        custody.begin(Identity(job=SMALL, pins={}, fingerprints={}, versions={}))
+
+
+# --- killed at every operation ---
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill of a process, unlike one of the machine, loses nothing that is written."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+OPERATIONS = [
+    (os, name) for name in ("fsync", "rename", "replace", "link", "unlink", "rmdir", "mkdir", "pwrite")
+]
+"""Everything that changes the disk or orders the changes goes through one of these."""
+
+
+def killed_at(number: int, work: Callable[[], object]) -> bool:
+    """Do the work in a child that dies just before its operation `number`; False if it had fewer."""
+    child = os.fork()
+    if child == 0:
+        left = [number]
+
+        def deadly(operation: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **settings: Any) -> Any:
+                left[0] -= 1
+                if left[0] < 0:
+                    os._exit(9)
+                return operation(*args, **settings)
+
+            return run
+
+        try:
+            for module, name in OPERATIONS:
+                setattr(module, name, deadly(getattr(module, name)))
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9), "the work itself failed"
+    return status == 9
+
+
+@pytest.mark.usefixtures("quick_disk")
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_kill_at_every_operation_of_a_life(tmp_path: Path, first: int) -> None:
+    """Take, restore, leftovers, seal, publish, commit, collect, give back: what was committed stands, and the
+    next supervisor goes on. Every third operation each, because one life is a third of a second."""
+    number = first
+    while True:
+        world = World(tmp_path / str(number))
+        world.with_steps(5, 10)
+        make(world.run, 15, "00000010-0001")
+        make(world.run, 12, FIVE, attempt=2)
+
+        def life(world: World = world) -> None:
+            with world.taken() as custody:
+                custody.restore()
+                custody.leftovers()
+                custody.shipper.offer(make(world.run, 20, "00000015-0001"))
+                custody.drain()
+
+        killed = killed_at(number, life)
+        with world.taken() as custody:
+            before = custody.newest
+            assert before is not None and before.step in (10, 15, 20)
+            restored = custody.restore()
+            assert restored is not None and restored.step == before.step
+            custody.leftovers()
+            newest = custody.newest
+            assert newest is not None and newest.step in (15, 20)
+            custody.shipper.offer(make(world.run, 25, newest.id, attempt=3))
+            custody.drain()
+        assert not world.said("bad")
+        assert world.newest() == 25
+        assert world.outbox() == []
+        if not killed:
+            break
+        number += 3
+    assert number > 40, "too few operations seen: the patch has missed them"
+
+
+@pytest.mark.usefixtures("quick_disk")
+def test_kill_at_every_operation_of_a_first_start(tmp_path: Path) -> None:
+    number, killed = 0, True
+    while killed:
+        world = World(tmp_path / str(number))
+
+        def start(world: World = world) -> None:
+            with world.taken() as custody:
+                custody.restore()
+                custody.leftovers()
+
+        killed = killed_at(number, start)
+        assert world.newest() is None
+        number += 1
+    assert number > 8
