@@ -28,7 +28,7 @@ from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
 from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity, result
-from runner.supervisor.attempt import TRAINER, Ended, Seen
+from runner.supervisor.attempt import TRAINER, Ended
 from runner.supervisor.batch import Batch
 from runner.supervisor.evaluation import evaluate
 from runner.supervisor.fetching import fetched
@@ -36,6 +36,7 @@ from runner.supervisor.identity import Identity
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import History, Outcome, Restart, final_error
 
 __all__ = ["evaluate", "train"]

@@ -23,8 +23,9 @@ from runner.errors import RunnerError
 from runner.manifest import Job
 from runner.plan import Plan, geometry
 from runner.supervisor import cgroup
-from runner.supervisor.attempt import Ended, Seen
+from runner.supervisor.attempt import Ended
 from runner.supervisor.ranks import Exit
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome, memory_levers, smaller_batch
 from tests.small_job import SMALL
 from tests.test_launch import RANK, SCRIPT, Bench, at
@@ -213,7 +214,7 @@ def test_a_kill_by_somebody_is_a_crash(bench: Bench, undisturbed: str) -> None:
 def test_out_of_memory_table(said: str | None, killed: bool, phase: str, answer: bool) -> None:
     outcome = None if said is None else Outcome(outcome=said, exit_code=1)
     seen = Seen(phase=phase, step=3)
-    ended = Ended(Exit(-signal.SIGKILL, False), outcome, seen, Path("log"), killed_for_memory=killed)
+    ended = Ended(Exit(-signal.SIGKILL), outcome, seen, Path("log"), killed_for_memory=killed)
     assert ended.out_of_memory is answer
 
 

@@ -7,84 +7,27 @@ What is committed and what follows is `runner.launch`'s.
 
 from __future__ import annotations
 
-import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from runner.durable import disk, write_json, write_text
 from runner.errors import OutOfMemory
 from runner.events import Event
 from runner.plan import Plan
-from runner.supervisor import cgroup
-from runner.supervisor.progress import printable
+from runner.supervisor import cgroup, remains
 from runner.supervisor.ranks import Exit, Notices, watch
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Crash, Outcome
+from runner.supervisor.watchdog import Watchdog
 
 TRAINER = (sys.executable, "-m", "runner.train")
 """The command that takes the path of a plan; tests give their own."""
 
-_LOG_TAIL = 1 << 16
-"""Bytes of a log's end that are searched for the error."""
-
-_LONGEST_LINE = 300
-"""Characters of it that are shown."""
-
-_WITH_BATCH = ("probe", "train", "save")
-"""Phases in which a micro-batch is or was just in memory."""
-
-_ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Exit|Interrupt|Killed|fault)\b")
-
-
-@dataclass
-class Seen:
-    """What a trainer's events said so far."""
-
-    phase: str = "start"
-    step: int | None = None
-    """The optimizer step at work while in training, from 1; None when the last one is done."""
-    rows: tuple[int, ...] = ()
-    """Rows of that step, if they were said."""
-    per_device: int | None = None
-    """The per-device size at work, tried or found; None before any."""
-    fits: bool = False
-    """Whether that size is what training runs with."""
-
-    def note(self, event: Event) -> None:
-        """Take one event."""
-        match event["event"]:
-            case "phase":
-                self.phase = event["phase"]
-            case "plan":
-                restored = event.get("restored_step")
-                self.step = restored + 1 if isinstance(restored, int) else None
-                self._note_size(event.get("geometry"))
-            case "probe":
-                self.per_device = event["per_device"]
-            case "begin":
-                self.step, self.rows = event["step"], tuple(event["ids"])
-            case "step":
-                done = event["step"] >= event["steps"]
-                self.step, self.rows = None if done else event["step"] + 1, ()
-
-    def _note_size(self, cut: object) -> None:
-        if isinstance(cut, dict) and isinstance(cut.get("per_device"), int):
-            self.per_device, self.fits = cut["per_device"], True
-
-    @property
-    def place(self) -> str:
-        """`in step 17`, `while loading`: where the trainer was."""
-        return f"in step {self.step}" if self.working is not None else f"in phase {self.phase}"
-
-    @property
-    def working(self) -> int | None:
-        """The step at work, None outside training."""
-        return self.step if self.phase == "train" else None
+NEAR = 0.95
+"""Share of the memory limit at which a trainer is ended: the kernel may kill its supervisor as well."""
 
 
 @dataclass(frozen=True)
@@ -98,38 +41,45 @@ class Ended:
     log: Path
     killed_for_memory: bool = False
     """By the kernel's own count (`runner.supervisor.cgroup`)."""
+    ended_for_memory: bool = False
+    """By its supervisor, near the limit, with a micro-batch in memory."""
 
     @property
     def out_of_memory(self) -> bool:
         """Whether a micro-batch did not fit.
 
-        outcome         killed for memory    phase                 answer
-        out_of_memory   -                    -                     yes
-        any other       -                    -                     no
-        none            yes                  probe, train, save    yes
-        none            yes                  any other             no: no smaller micro-batch would help
-        none            no                   -                     no: it crashed
+        outcome         ended     killed    phase                 answer
+        out_of_memory   -         -         -                     yes
+        any other       -         -         -                     no
+        none            yes       -         -                     yes: it was seen when it was ended
+        none            no        yes       probe, train, save    yes
+        none            no        yes       any other             no: no smaller micro-batch would help
+        none            no        no        -                     no: it crashed
         """
         if self.outcome is not None:
             return self.outcome.outcome == OutOfMemory.outcome
-        return self.killed_for_memory and self.seen.phase in _WITH_BATCH
+        return self.ended_for_memory or (self.killed_for_memory and self.seen.with_batch)
 
     @property
     def reason(self) -> str:
         """Why it did not finish, in one line."""
         if self.outcome is not None:
             return self.outcome.error or str(self.exit)
+        if self.exit.ended is not None:
+            return self.exit.ended
         if self.killed_for_memory:
             return "SIGKILL by the kernel: its control group is out of memory"
-        line = last_error(self.log)
+        line = remains.last_error(self.log)
         # The log of a process that was killed ends with something else.
         return f"{self.exit}: {line}" if line and self.exit.returncode > 0 else str(self.exit)
 
     def message(self, number: int) -> str:
         """What a person needs to know about the end of this attempt."""
-        line = last_error(self.log)
+        line = remains.last_error(self.log)
         said = f"; its last line: {line}" if line and line not in self.reason else ""
-        return f"attempt {number} ended {self.seen.place} with {self.reason}{said}; log: {self.log}"
+        place = self.seen.place
+        how = self.reason if place in self.reason else f"ended {place} with {self.reason}"
+        return f"attempt {number} {how}{said}; log: {self.log}"
 
     def crash(self, number: int, progressed: bool) -> Crash:
         """For the verdict."""
@@ -138,7 +88,7 @@ class Ended:
             step=self.seen.working,
             reason=self.reason,
             progressed=progressed,
-            by_signal=self.outcome is None and self.exit.returncode < 0,
+            by_signal=self.outcome is None and self.exit.returncode < 0 and self.exit.ended is None,
             rows=self.seen.rows,
         )
 
@@ -182,6 +132,34 @@ def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+@dataclass
+class _Guard:
+    """Looks after a trainer that would not end by itself."""
+
+    plan: Plan
+    seen: Seen
+    log: Path
+    watchdog: Watchdog
+    ended_for_memory: bool = False
+
+    def look(self) -> str | None:
+        """Why the trainer has to be ended now; None: it goes on."""
+        share = cgroup.pressure()
+        if share is not None:
+            self.seen.memory_peak = max(share, self.seen.memory_peak or 0.0)
+            if share >= NEAR and self._shrinks():
+                self.ended_for_memory = True
+                return f"at {share * 100:.0f} % of the memory limit"
+        with disk("read the log", self.log):
+            silence = self.watchdog.tick(self.log.stat().st_size)
+        return None if silence is None else f"hung: {silence} {self.seen.place}"
+
+    def _shrinks(self) -> bool:
+        """Whether a smaller micro-batch may help; if none does, the memory may still be enough."""
+        size = self.seen.per_device or self.plan.geometry.per_device
+        return self.seen.with_batch and size > 1 and not self.plan.job.training.sorts
+
+
 def run(
     plan: Plan,
     *,
@@ -191,15 +169,17 @@ def run(
     seen: Seen,
     on_event: Callable[[Event], None],
     on_notice: Callable[[str], None],
-    on_tick: Callable[[], None],
+    on_tick: Callable[[], str | None],
 ) -> Ended:
-    """Start a trainer on a plan and stay until it is gone.
+    """Start a trainer on a plan and stay until it is gone. One that hangs, or fills the memory, is ended.
 
     Args:
         seen: kept up to date before each `on_event`.
+        on_tick: a reason that it returns ends the trainer, too.
     """
     folder = plan.attempt_dir
     file, log = folder / "plan.json", folder / "trainer.log"
+    guard = _Guard(plan, seen, log, Watchdog())
     with disk("write the plan", file):
         write_text(file, plan.model_dump_json(indent=2) + "\n")
 
@@ -211,6 +191,7 @@ def run(
 
     def note(event: Event) -> None:
         seen.note(event)
+        guard.watchdog.note(event)
         on_event(event)
 
     kills = cgroup.kills()
@@ -221,29 +202,14 @@ def run(
         notices=notices,
         on_event=note,
         on_notice=ask_to_stop,
-        on_tick=on_tick,
+        on_tick=lambda: on_tick() or guard.look(),
     )
-    unasked = exit.returncode == -signal.SIGKILL and not exit.killed_by_us
-    for_memory = unasked and kills is not None and (cgroup.kills() or 0) > kills
-    return Ended(exit, _outcome(folder / "outcome.json"), seen, log, for_memory)
-
-
-def last_error(log: Path) -> str:
-    """The last line of a log that names an error, else its last line; empty if it has none."""
-    with disk("read the log", log), log.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(max(0, size - _LOG_TAIL))
-        text = file.read().decode("utf-8", "replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    errors = [line for line in lines if _ERROR_LINE.match(line)]
-    line = (errors or lines or [""])[-1]
-    return printable(line[:_LONGEST_LINE])
-
-
-def _outcome(path: Path) -> Outcome | None:
-    """What the trainer left; one that cannot be read is none."""
-    try:
-        with disk("read the outcome", path):
-            return Outcome.model_validate(json.loads(path.read_bytes())) if path.exists() else None
-    except (ValueError, ValidationError):
-        return None
+    unasked = exit.returncode == -signal.SIGKILL and exit.ended is None
+    return Ended(
+        exit,
+        remains.outcome(folder / "outcome.json"),
+        seen,
+        log,
+        killed_for_memory=unasked and kills is not None and (cgroup.kills() or 0) > kills,
+        ended_for_memory=exit.ended is not None and guard.ended_for_memory,
+    )

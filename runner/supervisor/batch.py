@@ -9,7 +9,8 @@ from typing import Any
 
 from runner.manifest import Job
 from runner.plan import Geometry, geometry, recorded_size, recut
-from runner.supervisor.attempt import Ended, Seen
+from runner.supervisor.attempt import Ended
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Restart, smaller_batch
 
 

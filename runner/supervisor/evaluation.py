@@ -27,11 +27,12 @@ from runner.manifest import Job
 from runner.plan import Plan, geometry
 from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity
-from runner.supervisor.attempt import TRAINER, Seen
+from runner.supervisor.attempt import TRAINER
 from runner.supervisor.fetching import fetched
 from runner.supervisor.progress import Screen, metric_lines
 from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import final_error
 
 BASE = "base"

@@ -10,19 +10,26 @@ from pathlib import Path
 from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.events import Event
-from runner.supervisor.attempt import last_error
 from runner.supervisor.fetch import Answer, Request, read_answer
 from runner.supervisor.ranks import Notices, watch
+from runner.supervisor.remains import last_error
 
 FETCHER = (sys.executable, "-m", "runner.supervisor.fetch")
 
 
-def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Event], None]) -> Answer:
+def fetched(
+    request: Request,
+    folder: Path,
+    notices: Notices,
+    say: Callable[[Event], None],
+    on_tick: Callable[[], str | None] = lambda: None,
+) -> Answer:
     """Fetch what a job names.
 
     Args:
         folder: where the request, the answer and the log are kept.
         say: takes the events of the download.
+        on_tick: as `runner.supervisor.ranks.watch` takes it; what it raises ends the download, and passes on.
 
     Raises:
         DataError, AccessDenied, StorageError: as `runner.supervisor.fetch.fetch` does.
@@ -43,7 +50,7 @@ def fetched(request: Request, folder: Path, notices: Notices, say: Callable[[Eve
         notices=notices,
         on_event=say,
         on_notice=lambda reason: True,
-        on_tick=lambda: None,
+        on_tick=on_tick,
     )
     with disk("read the fetch answer", answer):
         found = read_answer(answer)

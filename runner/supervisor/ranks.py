@@ -6,19 +6,21 @@
       PDEATHSIG (Linux)    - by the kernel ->      the same, without its help
 
 The child has its own session: signals from a terminal do not reach it, and its whole group can be ended.
-Everything happens in one thread, because PDEATHSIG follows the thread that forked. Signals to the supervisor
-are collected by `Notices`; what they mean is the caller's business.
+PDEATHSIG follows the thread that started the child, so `watch` belongs to the main thread, which lives as
+long as its process; other threads may run beside it, and wake it with `Notices.wake`. Requests to stop are
+collected by `Notices`; what they mean is the caller's business.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import selectors
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,25 +35,43 @@ from runner.events import Event, LineReader
 TICK = 0.5
 """Seconds between two looks at the child when nothing happens; also how often a bar is drawn again."""
 
+SHIM = Path(__file__).with_name("shim.py")
+
 _PIECE = 1 << 16
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class Notices:
-    """SIGINT, SIGTERM and SIGHUP while a run is on: collected, never acted upon here.
+    """What asks a run to stop: SIGINT, SIGTERM, SIGHUP, and a file that somebody makes. Collected, never
+    acted upon here.
 
     A second one hurries, if it comes `apart` seconds after the first: GNU `timeout` and some shells send
     one notice twice at once, to the process and to its group. A signal that was ignored stays ignored,
     as under nohup.
+
+    The stop file is for whoever can reach the run's folder and not its process. Taking it removes it, so that
+    the next command goes on. One that is there from the start counts too: asked for once too often costs
+    that command, which says why it stopped; asked for in vain would cost the machine.
+
+    Args:
+        stop_file: where to look for it; None: nowhere.
     """
 
-    def __init__(self, apart: float = 0.5, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        apart: float = 0.5,
+        clock: Callable[[], float] = time.monotonic,
+        stop_file: Path | None = None,
+    ) -> None:
         self._apart = apart
         self._clock = clock
         self._at = 0.0
         self._old: dict[int, Any] = {}
+        self._stop_file = stop_file
+        self._write: int | None = None
+        self._guard = threading.Lock()
+        """Of `_write`: a number that was closed may be somebody else's by now."""
         self.first: str | None = None
-        """Name of the signal that asked to stop."""
+        """What asked to stop: the name of a signal, or `stop file <path>`."""
         self.hurry = False
 
     def __enter__(self) -> Self:
@@ -60,10 +80,11 @@ class Notices:
         os.set_blocking(self._write, False)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, self._note)
+                self._old[number] = signal.signal(number, self._on_signal)
         # A handler, so that a dead child wakes the loop through the wake-up pipe.
         self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
         self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self.poll()
         return self
 
     def __exit__(
@@ -72,13 +93,40 @@ class Notices:
         signal.set_wakeup_fd(self._old_wakeup)
         for number, handler in self._old.items():
             signal.signal(number, handler)
+        with self._guard:
+            write, self._write = self._write, None
         os.close(self.wakeup)
-        os.close(self._write)
+        if write is not None:
+            os.close(write)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def wake(self) -> None:
+        """Make `watch` look again at once. From any thread; outside the context it does nothing."""
+        with self._guard, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
+            if self._write is not None:
+                os.write(self._write, b"\0")
+
+    def poll(self) -> None:
+        """Look for the stop file, and take it. `watch` does so at every tick."""
+        path = self._stop_file
+        if path is None:
+            return
+        try:
+            path.unlink()
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError:  # a folder, or not ours to remove: it stays, so it counts once
+            if not os.path.lexists(path):
+                return
+            self._stop_file = None
+        self._note(f"stop file {path}")
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._note(signal.Signals(number).name)
+
+    def _note(self, what: str) -> None:
         now = self._clock()
         if self.first is None:
-            self.first, self._at = signal.Signals(number).name, now
+            self.first, self._at = what, now
         elif now - self._at >= self._apart:
             self.hurry = True
 
@@ -89,8 +137,8 @@ class Exit:
 
     returncode: int
     """Exit code, or minus the signal's number."""
-    killed_by_us: bool
-    """A second notice ended it."""
+    ended: str | None = None
+    """Why the supervisor killed it; None: it did not, or came too late."""
 
     def __str__(self) -> str:
         if self.returncode >= 0:
@@ -99,8 +147,9 @@ class Exit:
             name = signal.Signals(-self.returncode).name
         except ValueError:  # a real-time signal
             name = f"signal {-self.returncode}"
-        unasked = name == "SIGKILL" and not self.killed_by_us
-        return f"{name}, often the kernel's answer to a lack of memory" if unasked else name
+        if self.ended is not None:
+            return f"{name} by its supervisor: {self.ended}"
+        return f"{name}, often the kernel's answer to a lack of memory" if name == "SIGKILL" else name
 
 
 def watch(
@@ -111,15 +160,17 @@ def watch(
     notices: Notices,
     on_event: Callable[[Event], None],
     on_notice: Callable[[str], bool],
-    on_tick: Callable[[], None],
+    on_tick: Callable[[], str | None],
 ) -> Exit:
-    """Run a child to its end.
+    """Run a child to its end, from the main thread.
 
     Args:
         environ: its whole environment, but for the two descriptors.
         log: takes its stdout and stderr.
         on_event: called for every event, in order, all of them before this returns.
         on_notice: called once, at the first notice; asks the child to stop, or returns True to end it.
+        on_tick: called after every look at the child, every `TICK` seconds and more often; the first reason
+            that it returns ends the child at once.
 
     Raises:
         RunnerError: the command cannot be started.
@@ -135,31 +186,37 @@ def watch(
         os.close(events_child)
         os.close(lifeline_child)
     reader = LineReader()
-    asked = killed = False
+    asked = False
+    why: str | None = None
     try:
         with selectors.DefaultSelector() as selector:
             selector.register(events, selectors.EVENT_READ)
             selector.register(notices.wakeup, selectors.EVENT_READ)
             while not _ended(child):
+                notices.poll()
                 if notices.first is not None and not asked:
                     asked = True
-                    killed = on_notice(notices.first)
-                if killed or notices.hurry:
-                    killed = True
+                    if on_notice(notices.first):
+                        why = why or notices.first
+                if notices.hurry:
+                    why = why or "a second notice"
+                if why is not None:
                     _kill_group(child)
                 for key, _ in selector.select(TICK):
                     if key.fd == notices.wakeup:
                         _read(notices.wakeup)
                     elif _pump(events, reader, on_event) == b"":
                         selector.unregister(events)
-                on_tick()
+                reason = on_tick()
+                why = why or reason
         # Its own children (data loader workers) would linger; they hold the pipe open, so its end is no sign.
         _kill_group(child)
         while _pump(events, reader, on_event):
             pass
         for event in reader.close():
             on_event(event)
-        return Exit(child.wait(), killed)
+        returncode = child.wait()
+        return Exit(returncode, why if returncode == -signal.SIGKILL else None)
     finally:
         if child.returncode is None:
             _kill_group(child)
@@ -172,38 +229,29 @@ def _spawn(
     command: Sequence[str], environ: Mapping[str, str], events: int, lifeline: int, output: int
 ) -> subprocess.Popen[bytes]:
     fds = {"RUNNER_EVENTS_FD": str(events), "RUNNER_LIFELINE_FD": str(lifeline)}
+    why = f"start {command[0]}: {{}}; remedy: install the package again"
+    # Here, because what the shim cannot start is one line in the log.
+    if shutil.which(command[0], path=environ.get("PATH")) is None:
+        raise RunnerError(why.format("no such program"))
     try:
         return subprocess.Popen(
-            command,
+            [*_shim(), *command],
             env={**environ, **fds},
             pass_fds=(events, lifeline),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_die_with_parent(),
         )
     except OSError as error:
-        why = f"start {command[0]}: {error.strerror}"
-        raise RunnerError(f"{why}; remedy: install the package again") from error
+        raise RunnerError(why.format(error.strerror)) from error
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What the child does between fork and exec. This process has one thread, so that is safe."""
+def _shim() -> list[str]:
+    """What goes before a command so that it dies with this process; 12 ms. Elsewhere the lifeline does it."""
     if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None).prctl  # looked up before the fork
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        with contextlib.suppress(OSError):  # /proc may be closed to us
-            # Of the two, the kernel shall kill this one for memory: the parent can go on with less.
-            Path("/proc/self/oom_score_adj").write_text("1000")
-        if os.getppid() != parent:  # died in between: the signal will not come
-            os._exit(1)
-
-    return ask
+        return []
+    return [sys.executable, "-I", "-S", str(SHIM), str(os.getpid())]
 
 
 def _ended(child: subprocess.Popen[bytes]) -> bool:
