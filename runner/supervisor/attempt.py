@@ -132,6 +132,22 @@ def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def too_full(share: float, seen: Seen, plan: Plan) -> bool:
+    """Whether a trainer is to be ended for its memory, before the kernel kills it and more.
+
+    Only where a smaller micro-batch may help: what there is may be enough, and an end for nothing is none.
+
+        share         phase                 per device    loss              answer
+        below NEAR    -                     -             -                 no
+        from NEAR     probe, train, save    above 1       any but aot*      yes
+        from NEAR     probe, train, save    above 1       aot*: it sorts    no
+        from NEAR     probe, train, save    1             -                 no
+        from NEAR     any other             -             -                 no
+    """
+    size = seen.per_device or plan.geometry.per_device
+    return share >= NEAR and seen.with_batch and size > 1 and not plan.job.training.sorts
+
+
 @dataclass
 class _Guard:
     """Looks after a trainer that would not end by itself."""
@@ -147,17 +163,12 @@ class _Guard:
         share = cgroup.pressure()
         if share is not None:
             self.seen.memory_peak = max(share, self.seen.memory_peak or 0.0)
-            if share >= NEAR and self._shrinks():
+            if too_full(share, self.seen, self.plan):
                 self.ended_for_memory = True
                 return f"at {share * 100:.0f} % of the memory limit"
         with disk("read the log", self.log):
             silence = self.watchdog.tick(self.log.stat().st_size)
         return None if silence is None else f"hung: {silence} {self.seen.place}"
-
-    def _shrinks(self) -> bool:
-        """Whether a smaller micro-batch may help; if none does, the memory may still be enough."""
-        size = self.seen.per_device or self.plan.geometry.per_device
-        return self.seen.with_batch and size > 1 and not self.plan.job.training.sorts
 
 
 def run(
