@@ -78,7 +78,8 @@ class Ended:
         line = remains.last_error(self.log)
         said = f"; its last line: {line}" if line and line not in self.reason else ""
         place = self.seen.place
-        how = self.reason if place in self.reason else f"ended {place} with {self.reason}"
+        hung = self.outcome is None and self.exit.ended is not None and place in self.exit.ended
+        how = self.reason if hung else f"ended {place} with {self.reason}"
         return f"attempt {number} {how}{said}; log: {self.log}"
 
     def crash(self, number: int, progressed: bool) -> Crash:
@@ -156,7 +157,8 @@ class _Guard:
     seen: Seen
     log: Path
     watchdog: Watchdog
-    ended_for_memory: bool = False
+    for_memory: str | None = None
+    """What it said of the memory first."""
 
     def look(self) -> str | None:
         """Why the trainer has to be ended now; None: it goes on."""
@@ -164,8 +166,8 @@ class _Guard:
         if share is not None:
             self.seen.memory_peak = max(share, self.seen.memory_peak or 0.0)
             if too_full(share, self.seen, self.plan):
-                self.ended_for_memory = True
-                return f"at {share * 100:.0f} % of the memory limit"
+                self.for_memory = self.for_memory or f"at {share * 100:.0f} % of the memory limit"
+                return self.for_memory
         with disk("read the log", self.log):
             silence = self.watchdog.tick(self.log.stat().st_size)
         return None if silence is None else f"hung: {silence} {self.seen.place}"
@@ -222,5 +224,5 @@ def run(
         seen,
         log,
         killed_for_memory=unasked and kills is not None and (cgroup.kills() or 0) > kills,
-        ended_for_memory=exit.ended is not None and guard.ended_for_memory,
+        ended_for_memory=exit.ended is not None and exit.ended == guard.for_memory,
     )
