@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,10 +23,11 @@ import pytest
 
 from runner.errors import RunnerError
 from runner.manifest import Job
-from runner.plan import Plan, geometry
-from runner.supervisor import cgroup
-from runner.supervisor.attempt import Ended, Seen
-from runner.supervisor.ranks import Exit
+from runner.plan import Fetched, Plan, geometry
+from runner.supervisor import attempt, cgroup, ranks
+from runner.supervisor.attempt import Ended
+from runner.supervisor.ranks import Exit, Notices
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome, memory_levers, smaller_batch
 from tests.small_job import SMALL
 from tests.test_launch import RANK, SCRIPT, Bench, at
@@ -152,32 +155,60 @@ def control_group(limit: int) -> Iterator[Path]:
 SUPERVISOR = """
 import json, os, sys
 from pathlib import Path
-group, job, runs, trainer = sys.argv[1:]
+group, job, runs, trainer, near = sys.argv[1:]
 Path(group, "cgroup.procs").write_text(str(os.getpid()))
 ballast = b"x" * (192 << 20)
 from runner import launch
 from runner.settings import resolve
+from runner.supervisor import attempt
+attempt.NEAR = float(near)
 sys.exit(launch.train(resolve(job, [], {}), Path(runs), trainer=json.loads(trainer)))
 """
 """A process of its own, and the larger one when memory ends: it is the trainer that the kernel shall kill."""
 
 
-@pytest.mark.parametrize("place", ["probe", "step:4"])
-def test_a_kill_by_the_control_group_is_out_of_memory(bench: Bench, undisturbed: str, place: str) -> None:
-    fault = {**at(place, "eat", attempt=None), "above": 2}
-    script = {**SCRIPT, "faults": [fault]}
+SWELLING = """
+import signal, time
+from runner.supervisor import cgroup
+from tests import fake_rank
+
+def swell(rank, how, place):
+    eaten = []
+    while cgroup.pressure() < 0.965:
+        eaten.append(b"x" * (1 << 20))
+        time.sleep(0.001)
+    (rank.folder / "waiting").touch()
+    signal.pause()
+
+fake_rank.Rank.break_down = swell
+fake_rank.main()
+"""
+"""The trainer of tests/fake_rank.py, whose faults fill the memory to just above NEAR and stay there."""
+
+
+def confined(bench: Bench, trainer: list[str], near: float, *faults: dict[str, Any]) -> tuple[int, str, int]:
+    """A run in a group of 320 MiB: exit code, output, and the kernel's kills there."""
     job = bench.path / "job.yaml"
     job.write_text(json.dumps(bench.job))
     with control_group(320 << 20) as group:
-        arguments = [group, job, bench.runs, json.dumps([sys.executable, str(RANK), json.dumps(script)])]
+        command = json.dumps([sys.executable, *trainer, json.dumps({**SCRIPT, "faults": faults})])
         done = subprocess.run(
-            [sys.executable, "-c", SUPERVISOR, *map(str, arguments)],
+            [sys.executable, "-c", SUPERVISOR, str(group), str(job), str(bench.runs), command, str(near)],
             env={**os.environ, "PYTHONPATH": str(RANK.parents[1])},
             cwd=bench.path,
             capture_output=True,
             text=True,
         )
-    assert done.returncode == 0, done.stdout + done.stderr
+        control = (group / "memory.oom_control").read_text().split()
+    return done.returncode, done.stdout + done.stderr, int(control[control.index("oom_kill") + 1])
+
+
+@pytest.mark.parametrize("place", ["probe", "step:4"])
+def test_a_kill_by_the_control_group_is_out_of_memory(bench: Bench, undisturbed: str, place: str) -> None:
+    fault = {**at(place, "eat", attempt=None), "above": 2}
+    code, output, kills = confined(bench, [str(RANK)], float("inf"), fault)
+    assert code == 0, output
+    assert kills == 2
     assert bench.weights() == undisturbed
     probed = place == "probe"
     assert sizes(bench) == [(8, True), (4, probed), (2, probed)]
@@ -189,6 +220,21 @@ def test_a_kill_by_the_control_group_is_out_of_memory(bench: Bench, undisturbed:
     )
 
 
+@pytest.mark.parametrize("place", ["probe", "step:4", "saving:4"])
+def test_a_trainer_near_the_limit_is_ended_before_the_kernel_does(
+    bench: Bench, undisturbed: str, place: str
+) -> None:
+    fault = {**at(place, "swell", attempt=None), "above": 4}
+    code, output, kills = confined(bench, ["-c", SWELLING], attempt.NEAR, fault)
+    assert code == 0, output
+    assert kills == 0
+    assert bench.weights() == undisturbed
+    assert sizes(bench) == [(8, True), (4, place == "probe")]
+    (restart,) = bench.result()["restarts"]
+    assert restart["per_device"] == {"from": 8, "to": 4}
+    assert re.fullmatch(r"out of memory in .*: at 9[5-9] % of the memory limit", restart["reason"])
+
+
 def test_a_kill_by_somebody_is_a_crash(bench: Bench, undisturbed: str) -> None:
     assert bench.train(at("step:4", "kill"))[0] == 0
     assert bench.weights() == undisturbed
@@ -197,24 +243,93 @@ def test_a_kill_by_somebody_is_a_crash(bench: Bench, undisturbed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "killed", "phase", "answer"),
+    ("said", "ended", "killed", "phase", "answer"),
     [
-        ("out_of_memory", False, "train", True),
-        ("failed", False, "train", False),
-        ("failed", True, "train", False),
-        (None, True, "probe", True),
-        (None, True, "train", True),
-        (None, True, "save", True),
-        (None, True, "evaluate_before", False),
-        (None, True, "load", False),
-        (None, False, "train", False),
+        ("out_of_memory", False, False, "train", True),
+        ("failed", False, False, "train", False),
+        ("failed", False, True, "train", False),
+        ("failed", True, False, "train", False),
+        (None, True, False, "train", True),
+        (None, True, False, "export", True),
+        (None, False, True, "probe", True),
+        (None, False, True, "train", True),
+        (None, False, True, "save", True),
+        (None, False, True, "evaluate_before", False),
+        (None, False, True, "load", False),
+        (None, False, True, "wait", False),
+        (None, False, False, "train", False),
     ],
 )
-def test_out_of_memory_table(said: str | None, killed: bool, phase: str, answer: bool) -> None:
+def test_out_of_memory_table(said: str | None, ended: bool, killed: bool, phase: str, answer: bool) -> None:
     outcome = None if said is None else Outcome(outcome=said, exit_code=1)
     seen = Seen(phase=phase, step=3)
-    ended = Ended(Exit(-signal.SIGKILL, False), outcome, seen, Path("log"), killed_for_memory=killed)
-    assert ended.out_of_memory is answer
+    one = Ended(
+        Exit(-signal.SIGKILL), outcome, seen, Path("log"), killed_for_memory=killed, ended_for_memory=ended
+    )
+    assert one.out_of_memory is answer
+
+
+def planned(folder: Path, training: dict[str, Any], **sections: Any) -> Plan:
+    wanted = job(training, **sections)
+    return Plan(
+        purpose="train",
+        job=wanted,
+        run_dir=folder,
+        attempt=1,
+        attempt_dir=folder,
+        geometry=geometry(wanted),
+        fetched=Fetched(model="", train=[], eval=[]),
+        save_seconds=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("share", "phase", "per_device", "loss", "answer"),
+    [
+        (0.95, "train", 8, "sft", True),
+        (1.0, "save", 2, "sft", True),
+        (0.97, "probe", None, "sft", True),
+        (0.9499, "train", 8, "sft", False),
+        (0.97, "train", 1, "sft", False),
+        (0.97, "train", 8, "aot", False),
+        *((0.97, phase, 8, "sft", False) for phase in ("start", "load", "evaluate", "export", "wait")),
+    ],
+)
+def test_too_full_table(
+    tmp_path: Path, share: float, phase: str, per_device: int | None, loss: str, answer: bool
+) -> None:
+    training = {"per_device_train_batch_size": 8}
+    plan = planned(tmp_path, training)
+    if loss == "aot":
+        plan = planned(tmp_path, {**training, "loss_type": loss}, **PAIRS)
+    seen = Seen(phase=phase, step=3, per_device=per_device)
+    assert attempt.too_full(share, seen, plan) is answer
+
+
+@pytest.mark.parametrize(
+    ("shares", "peak"), [([None] * 3, None), ([0.5, 0.7, 0.2], 0.7), ([None, 0.99, 0.1], 0.99)]
+)
+def test_the_peak_is_kept_and_in_no_batch_it_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: list[float | None], peak: float | None
+) -> None:
+    left = list(shares)
+    monkeypatch.setattr(ranks, "TICK", 0.01)
+    monkeypatch.setattr(cgroup, "pressure", lambda: left.pop(0))
+    seen = Seen()
+    with Notices() as notices:
+        ended = attempt.run(
+            planned(tmp_path, {}),
+            trainer=[sys.executable, "-c", "import signal; signal.pause()"],
+            environ=dict(os.environ),
+            notices=notices,
+            seen=seen,
+            on_event=lambda event: None,
+            on_notice=lambda reason: None,
+            on_tick=lambda: None if left else "enough",
+        )
+    assert ended.reason == "enough"
+    assert seen.memory_peak == peak
+    assert not ended.out_of_memory
 
 
 V2 = "low 0\nhigh 0\nmax 12\noom 3\noom_kill 2\noom_group_kill 0\n"
@@ -245,6 +360,118 @@ def test_the_counter_of_either_version(
         (tmp_path / "fs" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "fs" / name).write_text(text)
     assert cgroup.kills(tmp_path / "fs", own) == kills
+
+
+MIB = 1 << 20
+ABSURD = "9223372036854771712"
+
+
+def v2(limit: str, used: int, **stat: int) -> dict[str, str]:
+    """A group's files; sizes in MiB."""
+    lines = {"anon": used, "inactive_anon": used, "slab": 9, **stat}
+    return {
+        "memory.max": limit + "\n",
+        "memory.current": f"{used * MIB}\n",
+        "memory.stat": "".join(f"{name} {size * MIB}\n" for name, size in lines.items()),
+    }
+
+
+def v1(limit: str, used: int, **stat: int) -> dict[str, str]:
+    names = {"inactive_file": used, "active_file": used, "hierarchical_memory_limit": 1, **stat}
+    return {
+        "memory.limit_in_bytes": limit + "\n",
+        "memory.usage_in_bytes": f"{used * MIB}\n",
+        "memory.stat": "".join(f"{name} {size * MIB}\n" for name, size in names.items()),
+    }
+
+
+LIMIT = str(1000 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("groups", "folders", "share"),
+    [
+        ("0::/pod/a\n", {"pod/a": v2(LIMIT, 970)}, 0.97),
+        ("0::/pod/a\n", {"pod/a": v2(LIMIT, 970, inactive_file=20, active_file=30)}, 0.92),
+        ("0::/pod/a\n", {"pod/a": v2(LIMIT, 970, slab_reclaimable=70, unevictable=50)}, 0.90),
+        # Of group and pod the fuller one, whichever it is.
+        ("0::/pod/a\n", {"pod/a": v2(LIMIT, 500), "pod": v2(str(2000 * MIB), 1800)}, 0.90),
+        ("0::/pod/a\n", {"pod/a": v2(LIMIT, 950), "pod": v2(str(2000 * MIB), 1800)}, 0.95),
+        ("0::/pod/a\n", {"pod/a": v2("max", 500), "pod": v2(LIMIT, 600)}, 0.60),
+        ("0::/pod/a\n", {"pod/a": v2("max", 500), "pod": v2("max", 600)}, None),
+        # A container whose group's outer path is not visible.
+        ("0::/pod/a\n", {"": v2(LIMIT, 970)}, 0.97),
+        ("0::/\n", {"": v2(LIMIT, 970)}, 0.97),
+        ("0::/../b\n", {"": v2(LIMIT, 970)}, 0.97),
+        # The machine's root has no such files.
+        ("0::/\n", {}, None),
+        ("4:memory:/pod/a\n0::/\n", {"memory/pod/a": v1(LIMIT, 970)}, 0.97),
+        (
+            "4:cpu,memory:/a\n",
+            {"memory/a": v1(LIMIT, 970, total_inactive_file=40, total_active_file=30)},
+            0.9,
+        ),
+        ("4:memory:/pod/a\n", {"memory/pod/a": v1(ABSURD, 970), "memory": v1(LIMIT, 600)}, 0.60),
+        ("4:memory:/pod/a\n", {"memory/pod/a": v1(ABSURD, 970)}, None),
+        ("4:memory:/a\n", {"memory/a": v1(LIMIT, 500), "a": v2(LIMIT, 900)}, 0.50),
+        ("4:cpu:/a\n", {"memory/a": v1(LIMIT, 970)}, None),
+        # What the three files say is not of one moment.
+        ("0::/a\n", {"a": v2(LIMIT, 10, inactive_file=20)}, 0.0),
+        ("0::/a\n", {"a": v2("0", 10)}, None),
+        ("0::/a\n", {"a": {"memory.max": LIMIT}}, None),
+        ("0::/a\n", {"a": {"memory.max": LIMIT, "memory.current": str(970 * MIB)}}, 0.97),
+        ("0::/a\n", {"a": {"memory.max": "", "memory.current": "?"}}, None),
+        (None, {}, None),
+    ],
+)
+def test_the_share_of_the_limit_in_use(
+    tmp_path: Path, groups: str | None, folders: dict[str, dict[str, str]], share: float | None
+) -> None:
+    own = tmp_path / "own"
+    if groups is not None:
+        own.write_text(groups)
+    (tmp_path / "fs").mkdir()
+    for folder, files in folders.items():
+        (tmp_path / "fs" / folder).mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (tmp_path / "fs" / folder / name).write_text(text)
+    assert cgroup.pressure(tmp_path / "fs", own) == (None if share is None else pytest.approx(share))
+
+
+def test_the_share_in_a_real_group() -> None:
+    """A process of it sees its own memory, and not the file that the kernel keeps for it."""
+    with control_group(320 << 20) as group:
+        script = """
+import os, sys
+from pathlib import Path
+from runner.supervisor import cgroup
+Path(sys.argv[1], "cgroup.procs").write_text(str(os.getpid()))
+before = cgroup.pressure()
+with open(sys.argv[2], "wb") as file:
+    for _ in range(100):
+        file.write(b"x" * (1 << 20))
+    file.flush()
+    os.fsync(file.fileno())
+cached = cgroup.pressure()
+ballast = b"x" * (160 << 20)
+used = int(Path(sys.argv[1], "memory.usage_in_bytes").read_text())
+print(before, cached, cgroup.pressure(), used / (320 << 20))
+"""
+        file = Path(tempfile.gettempdir(), f"runner-test-{os.getpid()}")
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", script, str(group), str(file)],
+                env={**os.environ, "PYTHONPATH": str(RANK.parents[1])},
+                capture_output=True,
+                text=True,
+            )
+        finally:
+            file.unlink(missing_ok=True)
+    assert done.returncode == 0, done.stderr
+    before, cached, full, used = map(float, done.stdout.split())
+    assert cached - before < 0.1
+    assert full - cached == pytest.approx(0.5, abs=0.05)
+    assert used > 0.75
 
 
 # --- the verdict ---

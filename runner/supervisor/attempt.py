@@ -78,7 +78,8 @@ class Ended:
         line = remains.last_error(self.log)
         said = f"; its last line: {line}" if line and line not in self.reason else ""
         place = self.seen.place
-        how = self.reason if place in self.reason else f"ended {place} with {self.reason}"
+        hung = self.outcome is None and self.exit.ended is not None and place in self.exit.ended
+        how = self.reason if hung else f"ended {place} with {self.reason}"
         return f"attempt {number} {how}{said}; log: {self.log}"
 
     def crash(self, number: int, progressed: bool) -> Crash:
@@ -136,6 +137,22 @@ def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def too_full(share: float, seen: Seen, plan: Plan) -> bool:
+    """Whether a trainer is to be ended for its memory, before the kernel kills it and more.
+
+    Only where a smaller micro-batch may help: what there is may be enough, and an end for nothing is none.
+
+        share         phase                 per device    loss              answer
+        below NEAR    -                     -             -                 no
+        from NEAR     probe, train, save    above 1       any but aot*      yes
+        from NEAR     probe, train, save    above 1       aot*: it sorts    no
+        from NEAR     probe, train, save    1             -                 no
+        from NEAR     any other             -             -                 no
+    """
+    size = seen.per_device or plan.geometry.per_device
+    return share >= NEAR and seen.with_batch and size > 1 and not plan.job.training.sorts
+
+
 @dataclass
 class _Guard:
     """Looks after a trainer that would not end by itself."""
@@ -144,24 +161,20 @@ class _Guard:
     seen: Seen
     log: Path
     watchdog: Watchdog
-    ended_for_memory: bool = False
+    for_memory: str | None = None
+    """What it said of the memory first."""
 
     def look(self) -> str | None:
         """Why the trainer has to be ended now; None: it goes on."""
         share = cgroup.pressure()
         if share is not None:
             self.seen.memory_peak = max(share, self.seen.memory_peak or 0.0)
-            if share >= NEAR and self._shrinks():
-                self.ended_for_memory = True
-                return f"at {share * 100:.0f} % of the memory limit"
+            if too_full(share, self.seen, self.plan):
+                self.for_memory = self.for_memory or f"at {share * 100:.0f} % of the memory limit"
+                return self.for_memory
         with disk("read the log", self.log):
             silence = self.watchdog.tick(self.log.stat().st_size)
         return None if silence is None else f"hung: {silence} {self.seen.place}"
-
-    def _shrinks(self) -> bool:
-        """Whether a smaller micro-batch may help; if none does, the memory may still be enough."""
-        size = self.seen.per_device or self.plan.geometry.per_device
-        return self.seen.with_batch and size > 1 and not self.plan.job.training.sorts
 
 
 def run(
@@ -210,5 +223,5 @@ def run(
         seen,
         log,
         killed_for_memory=unasked and kills is not None and (cgroup.kills() or 0) > kills,
-        ended_for_memory=exit.ended is not None and guard.ended_for_memory,
+        ended_for_memory=exit.ended is not None and exit.ended == guard.for_memory,
     )

@@ -248,7 +248,7 @@ def _spawn(
 
 
 def _shim() -> list[str]:
-    """What goes before a command so that it dies with this process; 12 ms. Elsewhere the lifeline does it."""
+    """What goes before a command so that it dies with this process; 10 ms. Elsewhere the lifeline does it."""
     if sys.platform != "linux":
         return []
     return [sys.executable, "-I", "-S", str(SHIM), str(os.getpid())]
