@@ -3,15 +3,14 @@
     fake_rank.py '{"steps": 6, "save": 2, "faults": [{"at": "step:4", "attempt": 1, "how": "kill"}]}' PLAN
 
 Its "training" is a chain of hashes, so that what it ends with says whether any step was lost or done twice.
-A fault happens at a place, in one attempt or in all:
+The script:
 
-    at    load, probe (trying the plan's size), step:N (in the middle of it), saving:N (half written),
-          saved:N (published, not told), told:N (committed, before anything else), evaluate, outcome (after
-          it is written)
-    how   kill, exit, wait (until asked to stop), linger (until killed), orphan (kill the supervisor),
-          noise (on the events pipe), rot (flip a byte of the published checkpoint), crash:CODE (an outcome),
-          full (an outcome: out of memory), eat (memory, without end)
-    above only where the plan's per-device size is above this
+    steps, save     steps in all, and between two saves
+    faults          how it breaks down (tests/fake_faults.py)
+    step_seconds    of sleep in every step, 0 if absent
+    frozen_bytes    of frozen.bin, a file that is the same in every checkpoint; 1000
+    state_bytes     of state.bin, a file that depends on every step so far; 1000
+    lifeline_only   whether only the pipe ends it when its supervisor dies, as where there is no Linux
 """
 
 from __future__ import annotations
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.files import publish, seal
+from runner.request import Reader
+from tests.fake_faults import Faults, checkpoint_id
 
 ROWS = 2
 """Rows of a step."""
@@ -35,94 +36,45 @@ ROWS = 2
 
 class Rank:
     def __init__(self, script: dict[str, Any], plan: dict[str, Any]) -> None:
-        self.plan = plan
-        self.folder = Path(plan["attempt_dir"])
-        self.run = Path(plan["run_dir"])
+        self.script, self.plan = script, plan
+        self.folder, self.run = Path(plan["attempt_dir"]), Path(plan["run_dir"])
         self.steps: int = script["steps"]
-        self.save_every: int = script["save"]
-        self.faults: list[dict[str, Any]] = script.get("faults", [])
+        self.requests = Reader(self.folder)
         self.events = os.fdopen(int(os.environ["RUNNER_EVENTS_FD"]), "wb", buffering=0)
+        self.faults = Faults(script.get("faults", []), plan, self.events.write, self.end)
         self.value, self.done, self.parent = "", 0, None
         if plan["restore"]:
-            state = json.loads((Path(plan["restore"]) / "state.json").read_text())
-            self.value, self.done, self.parent = state["value"], state["step"], Path(plan["restore"]).name
+            self.restore(Path(plan["restore"]))
 
     def send(self, event: str, **fields: Any) -> None:
         self.events.write(json.dumps({"event": event, **fields}).encode() + b"\n")
-
-    def asked(self) -> bool:
-        return (self.folder / "request.json").exists()
-
-    def at(self, place: str) -> None:
-        for fault in self.faults:
-            here = fault["at"] == place and fault.get("attempt", self.plan["attempt"]) == self.plan["attempt"]
-            if here and self.plan["geometry"]["per_device"] > fault.get("above", 0):
-                self.break_down(fault["how"], place)
-
-    def break_down(self, how: str, place: str) -> None:
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        elif how == "exit":
-            print(
-                "Traceback (most recent call last):\n  File ...\nRuntimeError: no luck\nlater noise",
-                flush=True,
-            )
-            os._exit(3)
-        elif how == "wait":
-            (self.folder / "waiting").touch()
-            while not self.asked():
-                time.sleep(0.005)
-        elif how == "linger":
-            (self.folder / "waiting").touch()
-            signal.pause()
-        elif how == "orphan":
-            (self.folder / "pid").write_text(str(os.getpid()))
-            os.kill(os.getppid(), signal.SIGKILL)
-            signal.pause()
-        elif how == "noise":
-            self.events.write(b"\x00\xff not json\n" + b"x" * 3_000_000 + b"\n[1]\n" + b'{"event": "step"}\n')
-        elif how == "rot":
-            path = (
-                self.run
-                / "outbox"
-                / f"{place.partition(':')[2]:0>8}-{self.plan['attempt']:04d}"
-                / "state.json"
-            )
-            path.write_bytes(path.read_bytes()[:-1] + b"~")
-        elif how == "full":
-            self.end("out_of_memory", 1, error="it does not fit")
-        elif how == "eat":
-            eaten = []
-            while True:
-                eaten.append(b"x" * (1 << 24))
-        else:
-            code = int(how.partition(":")[2])
-            self.end("failed", code, error=f"row 3 of data is bad, says {code}")
 
     def end(self, outcome: str, code: int, **fields: Any) -> None:
         document = {"format": 1, "outcome": outcome, "exit_code": code, "error": None, **fields}
         temporary = self.folder / "outcome.json.tmp"
         temporary.write_text(json.dumps(document))
         temporary.replace(self.folder / "outcome.json")
-        self.at("outcome")
+        self.faults.at("outcome")
         sys.exit(code)
 
     def train(self) -> None:
         self.send("phase", phase="load")
-        self.at("load")
+        self.faults.at("load")
         self.send("audit", lines=["[answer] carries loss"])
         cut = self.plan["geometry"]
         if self.plan["probe"]:
             self.send("phase", phase="probe")
             self.send("probe", per_device=cut["per_device"])
-            self.at("probe")
+            self.faults.at("probe")
         self.send("plan", rows=self.steps * ROWS, steps=self.steps, restored_step=self.done, geometry=cut)
         self.send("evaluation", when="before", step=0, metrics=_metrics(0.25))
         self.send("phase", phase="train")
+        if self.done < self.steps:
+            self.wait_if_asked()
         while self.done < self.steps:
             self.step()
         self.send("phase", phase="evaluate_after")
-        self.at("evaluate")
+        self.faults.at("evaluate")
         self.send("progress", phase="evaluate_after", done=4, total=4)
         adapter = self.run / "adapter"
         adapter.mkdir(exist_ok=True)
@@ -135,43 +87,77 @@ class Rank:
         number = self.done + 1
         rows = list(range(self.done * ROWS, number * ROWS))
         self.send("begin", step=number, ids=rows)
-        self.at(f"step:{number}")
+        self.faults.at(f"step:{number}")
+        time.sleep(self.script.get("step_seconds", 0))
         self.value = hashlib.sha256(f"{self.value}{number}{rows}".encode()).hexdigest()
         self.done = number
         numbers = {"loss": 1 / number, "tokens": 100, "images": ROWS, "seconds": 0.5, "memory_bytes": 1 << 30}
         self.send("step", step=number, steps=self.steps, ids=rows, **numbers)
-        asked = self.asked()
-        if number % self.save_every == 0 or number == self.steps or asked:
-            self.save()
-        if asked and number < self.steps:
-            self.end("preempted", 75, error=f"stopped at step {number} of {self.steps}; state is saved")
+        asked = self.requests.now().action
+        if asked == "go" and number % self.script["save"] and number < self.steps:
+            return
+        self.save()
+        if number < self.steps:
+            if asked == "stop":
+                self.stop()
+            self.wait_if_asked()
+
+    def stop(self) -> None:
+        self.end("preempted", 75, error=f"stopped at step {self.done} of {self.steps}; state is saved")
+
+    def wait_if_asked(self) -> None:
+        """Everything that was done is saved: do nothing while that is asked for."""
+        if self.requests.now().action != "wait":
+            return
+        self.send("phase", phase="wait")
+        self.faults.at(f"waiting:{self.done}")
+        while (asked := self.requests.now().action) == "wait":
+            time.sleep(0.01)
+        if asked == "stop":
+            self.stop()
+        self.send("phase", phase="train")
 
     def save(self) -> None:
-        name = f"{self.done:08d}-{self.plan['attempt']:04d}"
+        name = checkpoint_id(self.plan, self.done)
         self.send("phase", phase="save")
         saving = self.folder / f"saving-{self.done:08d}"
         saving.mkdir()
         (saving / "state.json").write_text(json.dumps({"step": self.done, "value": self.value}))
-        self.at(f"saving:{self.done}")
+        (saving / "state.bin").write_bytes(_bytes(self.value, self.script.get("state_bytes", 1000)))
+        self.faults.at(f"saving:{self.done}")
+        (saving / "frozen.bin").write_bytes(_bytes("frozen", self.script.get("frozen_bytes", 1000)))
         asked = self.plan["job"]["training"]["per_device_train_batch_size"]
         record = {"per_device": self.plan["geometry"]["per_device"], "asked": asked}
         seal(saving, id=name, step=self.done, parent=self.parent, extra={"batch": record})
         path = publish(saving, self.run / "outbox", name)
         self.parent = name
-        self.at(f"saved:{self.done}")
+        self.faults.at(f"saved:{self.done}")
         self.send("checkpoint", id=name, step=self.done, path=str(path), seconds=0.1)
-        self.at(f"told:{self.done}")
+        self.faults.at(f"told:{self.done}")
         self.send("phase", phase="train")
+
+    def restore(self, folder: Path) -> None:
+        state = json.loads((folder / "state.json").read_text())
+        self.value, self.done, self.parent = state["value"], state["step"], folder.name
+        for file, seed in (("state.bin", self.value), ("frozen.bin", "frozen")):
+            content = (folder / file).read_bytes()
+            if content != _bytes(seed, len(content)):
+                sys.exit(f"RuntimeError: {folder / file} is not what was saved")
 
     def evaluate(self) -> None:
         name = "base" if self.plan["adapter"] is None else "adapter"
         score = 0.25 if name == "base" else 0.75
-        self.at("evaluate")
+        self.faults.at("evaluate")
         made = self.run / "evaluation"
         made.mkdir()
         (made / f"{name}.predictions.jsonl").write_text('{"prediction": "14"}\n')
         (made / f"{name}.json").write_text(json.dumps({"format": 1, "metrics": _metrics(score)}))
         self.end("done", 0, step=0, metrics={name: _metrics(score)})
+
+
+def _bytes(seed: str, size: int) -> bytes:
+    """Bytes that do not compress, the same for a seed."""
+    return hashlib.shake_128(seed.encode()).digest(size)
 
 
 def _metrics(share: float) -> dict[str, Any]:
@@ -185,7 +171,7 @@ def _die_with(lifeline: int) -> None:
 
 def main() -> None:
     script, plan = json.loads(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
-    if script.get("lifeline_only"):  # what holds without Linux
+    if script.get("lifeline_only"):
         ctypes.CDLL(None).prctl(1, 0, 0, 0, 0)
     threading.Thread(target=_die_with, args=(int(os.environ["RUNNER_LIFELINE_FD"]),), daemon=True).start()
     rank = Rank(script, plan)

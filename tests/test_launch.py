@@ -182,7 +182,7 @@ def test_run_leaves_everything_and_a_second_command_says_done(bench: Bench) -> N
     assert {key: document[key] for key in ends} == ends
     assert document["metrics"]["after"]["relaxed_accuracy"]["overall"] == 0.75
     assert document["facts"] == {"engine": "fake"}
-    assert document["checkpoint"] == "00000006-0001"
+    assert document["checkpoint"] == "00000006-000001-0001"
     assert document["versions"]["python"]
     assert document["seconds"] >= 0
     assert Path(document["adapter"]) == bench.run / "adapter"
@@ -290,7 +290,7 @@ def test_decided_failures_stop_at_once_with_their_code(bench: Bench, exit_code: 
 def test_checkpoint_that_rots_before_the_commit_is_left_out(bench: Bench, undisturbed: str) -> None:
     code, output = bench.train(at("saved:4", "rot"), at("step:5", "kill"))
     assert code == 0, output
-    assert "not committed: checkpoint 00000004-0001: state.json has SHA-256" in output
+    assert "not committed: checkpoint 00000004-000001-0001: state.json has SHA-256" in output
     assert bench.result()["restarts"][0]["step"] == 2
     assert bench.weights() == undisturbed
 
@@ -298,17 +298,17 @@ def test_checkpoint_that_rots_before_the_commit_is_left_out(bench: Bench, undist
 def test_corrupt_checkpoint_costs_the_way_back_to_the_one_before(bench: Bench, undisturbed: str) -> None:
     code, _ = bench.train(at("step:5", "crash:65"))
     assert code == 65
-    path = bench.run / "checkpoints" / "00000004-0001" / "state.json"
+    path = bench.run / "checkpoints" / "00000004-000001-0001" / "state.json"
     path.write_bytes(path.read_bytes()[:-1] + b"~")
     code, output = bench.train()
     assert code == 0, output
-    assert "Going back to checkpoint 00000002-0001, step 2" in output
+    assert "Going back to checkpoint 00000002-000001-0001, step 2" in output
     assert bench.weights() == undisturbed
 
 
 def test_no_whole_checkpoint_is_65_and_never_step_0(bench: Bench) -> None:
     bench.train(at("step:3", "crash:65"))
-    (bench.run / "checkpoints" / "00000002-0001" / "state.json").unlink()
+    (bench.run / "checkpoints" / "00000002-000001-0001" / "state.json").unlink()
     code, output = bench.train()
     assert code == 65
     assert "no checkpoint of this run is whole" in output
@@ -372,13 +372,13 @@ def test_full_disk_at_a_commit_is_74_and_the_command_goes_on(bench: Bench, undis
     swap = LocalStore._swap
 
     def full(store: LocalStore, head: Head) -> None:
-        if head.head == "00000004-0001":
+        if head.head == "00000004-000001-0001":
             raise OSError(errno.ENOSPC, "No space left on device")
         swap(store, head)
 
     code, output = bench.train(at("told:4", "linger"), before=lambda: setattr(LocalStore, "_swap", full))
     assert code == 74, output
-    assert "commit checkpoint 00000004-0001" in output
+    assert "commit checkpoint 00000004-000001-0001" in output
     assert "free space there and give the same command again" in output
     assert bench.result()["steps"] == 2
     code, output = bench.train()

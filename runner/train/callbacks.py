@@ -1,6 +1,7 @@
-"""When a run saves and when it stops: at optimizer-step boundaries, by one rule.
+"""When a run saves, waits and stops: at optimizer-step boundaries, by one rule.
 
 save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on request
+wait   on request, once everything that was done is saved; not after the last step
 stop   on request, after that save
 
 With `eval_strategy: epoch` the loss is evaluated at the epoch's last step, before that step's save.
@@ -9,6 +10,7 @@ Trainer loop, per optimizer step:
     forward and backward of every micro-batch, optimizer.step()
     on_step_end            <- here: decide save and stop
     record the step, log, evaluate, save
+    on_save                <- here: wait
 """
 
 from __future__ import annotations
@@ -19,39 +21,63 @@ from typing import Any
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from runner.errors import Preempted
+from runner.request import Request
+
+POLL = 0.1
+"""Seconds between two looks at the request while a run waits."""
+
 
 class SaveAndStop(TrainerCallback):
-    """Sets `should_save` and `should_training_stop`; remembers whether the run was asked to stop."""
+    """Sets `should_save` and `should_training_stop`; remembers whether the run was asked to stop.
+
+    Args:
+        save_seconds: of training between two saves, until a request says another; waiting is no training.
+        request: what the supervisor asks for now.
+        tell_phase: takes "wait", and "train" when training goes on.
+    """
 
     def __init__(
         self,
         *,
         save_steps: int | None,
         save_seconds: float,
-        stop_requested: Callable[[], bool],
+        request: Callable[[], Request],
+        tell_phase: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._save_steps = save_steps
         self._save_seconds = save_seconds
-        self._stop_requested = stop_requested
+        self._request = request
+        self._tell_phase = tell_phase
         self._clock = clock
+        self._sleep = sleep
         self._saved_at = clock()
         self.stopped = False
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        """Wait if asked to: nothing was done since the state that training starts from.
+
+        Raises:
+            Preempted: asked to stop out of that wait.
+        """
+        if self._wait() == "stop":
+            raise Preempted("stopped before training; the state before it is saved")
         self._saved_at = self._clock()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        self.stopped = self._stop_requested()
+        asked = self._asked()
+        self.stopped = asked.action == "stop"
         if self.stopped:
             control.should_training_stop = True
         on_grid = self._save_steps is not None and state.global_step % self._save_steps == 0
         overdue = self._clock() - self._saved_at >= self._save_seconds
-        if self.stopped or on_grid or overdue or state.global_step >= state.max_steps:
+        if asked.action != "go" or on_grid or overdue or state.global_step >= state.max_steps:
             control.should_save = True
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
             # Now, and not after the save: a resume from that checkpoint would skip it.
@@ -67,5 +93,32 @@ class SaveAndStop(TrainerCallback):
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    ) -> TrainerControl:
+        if not self.stopped and state.global_step < state.max_steps and self._wait() == "stop":
+            self.stopped = control.should_training_stop = True
         self._saved_at = self._clock()
+        return control
+
+    def _wait(self) -> str:
+        """Return what is asked for, when that is not to wait: at once, or after having waited."""
+        action = self._asked().action
+        if action != "wait":
+            return action
+        self._tell_phase("wait")
+        while action == "wait":
+            self._sleep(POLL)
+            action = self._asked().action
+        if action == "go":
+            self._tell_phase("train")
+        return action
+
+    def _asked(self) -> Request:
+        """The request, and the save interval that it sets.
+
+        Every decision at a boundary comes from here: where there are several ranks, this is where they agree
+        on what one of them has read.
+        """
+        asked = self._request()
+        if asked.save_seconds is not None:
+            self._save_seconds = asked.save_seconds
+        return asked

@@ -1,7 +1,7 @@
 """The trainer's line to its supervisor: events out, one request in, and a lifeline.
 
 Events are JSON lines on the pipe `RUNNER_EVENTS_FD`; without one they are dropped, so that a plan can be
-run by hand. The request is the file `request.json` in the attempt's folder. The lifeline is a pipe that
+run by hand. The request is a file in the attempt's folder (`runner.request`). The lifeline is a pipe that
 the supervisor holds open: when it closes, this process kills itself, so that no rank outlives it.
 """
 
@@ -15,12 +15,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from runner.request import Reader, Request
+
 
 class Channel:
     """Events and requests of one attempt."""
 
     def __init__(self, attempt_dir: Path, events_fd: int | None) -> None:
-        self._request = attempt_dir / "request.json"
+        self._requests = Reader(attempt_dir)
         self._events = None if events_fd is None else os.fdopen(events_fd, "w", buffering=1, encoding="utf-8")
 
     @classmethod
@@ -38,9 +40,13 @@ class Channel:
             with contextlib.suppress(BrokenPipeError):
                 self._events.write(json.dumps({"event": event, **fields}) + "\n")
 
-    def stop_requested(self) -> bool:
-        """Whether the supervisor asked for save and stop. One `stat`; cheap enough for every step."""
-        return self._request.exists()
+    def request(self) -> Request:
+        """What the supervisor asks for now. One `stat`; cheap enough for every step.
+
+        Raises:
+            RunnerError: the file is no request.
+        """
+        return self._requests.now()
 
 
 def _die_with(lifeline: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.utils import logging as transformers_logging
 from trl import DPOConfig, SFTConfig
@@ -117,7 +117,7 @@ def _stop_here(channel: Channel, where: str) -> None:
     Raises:
         Preempted: asked to stop.
     """
-    if channel.stop_requested():
+    if channel.request().action == "stop":
         raise Preempted(f"stopped {where}; the state before it is saved")
 
 
@@ -193,7 +193,8 @@ def _trainer(
     control = SaveAndStop(
         save_steps=plan.job.checkpoints.save_steps,
         save_seconds=plan.save_seconds,
-        stop_requested=channel.stop_requested,
+        request=channel.request,
+        tell_phase=lambda phase: channel.send("phase", phase=phase),
     )
     job = plan.job
     reference = None
@@ -249,22 +250,15 @@ def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: Pro
     shutil.rmtree(writing, ignore_errors=True)
     if isinstance(model, PeftModel):
         # No vocabulary is ever resized here; the default asks the hub for the base model's configuration.
-        _sort_sets(model.peft_config["default"])
         model.save_pretrained(writing, save_embedding_layers=False, selected_adapters=["default"])
         (writing / "README.md").unlink()  # PEFT's empty card, with the path of this machine's base model
+        state.save_adapter_config(writing, model)
     else:
         model.save_pretrained(writing)
         processor.save_pretrained(writing)
     shutil.rmtree(final, ignore_errors=True)
     writing.rename(final)
     return final
-
-
-def _sort_sets(config: PeftConfig) -> None:
-    """Sets are written in hash order, another one in every process; the same run leaves the same bytes."""
-    for name, value in vars(config).items():
-        if isinstance(value, set):
-            setattr(config, name, sorted(value))
 
 
 def _write_steps(path: Path, steps: list[state.Step]) -> None:

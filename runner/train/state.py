@@ -4,28 +4,32 @@
     optimizer.safetensors    tensors of the optimizer's state, `<parameter>/<key>...`
     rng-0.safetensors        tensors of the generators' states of rank 0
     state.json               scheduler, loss scaler, the optimizer's and generators' other values, the data
+    adapter_config.json      of an adapter: PEFT's, as the export has it (`runner.checkpoint.adapter_file`)
     trainer_state.json       transformers' own TrainerState (step, epoch, log history)
     steps.jsonl              our record: loss, gradient norm, learning rate and row indices of every step
 
 Tensors and other values of a nested state are split by `split` and joined again by `join`. Optimizer
 states go through the optimizer's public `state_dict` and are keyed by parameter name, so a resume does not
-depend on the order of parameters.
+depend on the order of parameters. A resume does not read `adapter_config.json`: the job says what it says.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from runner.checkpoint import adapter_file
 from runner.errors import DataError
 from runner.train import rng
 
-PARAMETERS = "parameters.safetensors"
+PARAMETERS = adapter_file.PARAMETERS
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng-0.safetensors"
 STATE = "state.json"
@@ -119,6 +123,21 @@ def save(
     save_file(generators, folder / RNG)
     (folder / STATE).write_text(json.dumps(values))
     (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
+    if isinstance(model, PeftModel):
+        save_adapter_config(folder, model)
+
+
+def save_adapter_config(folder: Path, model: PeftModel) -> None:
+    """Write the configuration of the adapter that trains, ready for inference, as `adapter_config.json`.
+
+    PEFT writes sets in hash order, another one in every process; the same run leaves the same bytes.
+    """
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(config, name, sorted(value))
+    config.save_pretrained(str(folder))
 
 
 def _optimizer_by_name(

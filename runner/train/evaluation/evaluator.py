@@ -124,7 +124,7 @@ class Evaluator:
                 on_progress=lambda done, total: self._channel.send(
                     "progress", phase=phase, done=done, total=total
                 ),
-                should_stop=self._channel.stop_requested,
+                should_stop=lambda: self._channel.request().action == "stop",
             )
 
     def _write(self, label: str, result: Evaluation) -> None:
