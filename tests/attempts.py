@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -114,26 +114,45 @@ def planned(folder: Path, changes: dict[str, Any], **fields: Any) -> Plan:
     )
 
 
+Event = dict[str, Any]
+
+
 def run(
-    folder: Path, changes: dict[str, Any], trainer: Sequence[str] | None = None, **fields: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder: Path,
+    changes: dict[str, Any],
+    trainer: Sequence[str] | None = None,
+    on_event: Callable[[Event], object] = lambda event: None,
+    **fields: Any,
+) -> tuple[dict[str, Any], list[Event]]:
     """One attempt in its own process, as `planned`: its outcome and its events.
 
     Args:
         trainer: a command of the test's own, that takes the path of the plan.
+        on_event: takes each event when it comes, as the supervisor would.
     """
     plan = planned(folder, changes, **fields)
     attempt_dir = plan.attempt_dir
     file = attempt_dir / "plan.json"
     file.write_text(plan.model_dump_json())
     log = attempt_dir / "trainer.log"
-    events = _forked(file, log) if trainer is None else _started([*trainer, str(file)], log)
+    if trainer is None:
+        events = _forked(file, log, on_event)
+    else:
+        events = _started([*trainer, str(file)], log, on_event)
     outcome_file = attempt_dir / "outcome.json"
     assert outcome_file.exists(), (attempt_dir / "trainer.log").read_text()[-3000:]
     return json.loads(outcome_file.read_text()), events
 
 
-def _started(command: list[str], log: Path) -> list[dict[str, Any]]:
+def _heard(lines: Iterable[str], on_event: Callable[[Event], object]) -> list[Event]:
+    events = []
+    for line in lines:
+        events.append(json.loads(line))
+        on_event(events[-1])
+    return events
+
+
+def _started(command: list[str], log: Path, on_event: Callable[[Event], object]) -> list[Event]:
     reader, writer = os.pipe()
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -145,7 +164,7 @@ def _started(command: list[str], log: Path) -> list[dict[str, Any]]:
         )
     os.close(writer)
     with os.fdopen(reader) as lines:
-        events = [json.loads(line) for line in lines]
+        events = _heard(lines, on_event)
     process.wait()
     return events
 
@@ -154,13 +173,13 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["runner.train.run", __name__])
 
 
-def _forked(plan: Path, log: Path) -> list[dict[str, Any]]:
+def _forked(plan: Path, log: Path, on_event: Callable[[Event], object]) -> list[Event]:
     reader, writer = _FORKS.Pipe(duplex=False)
     process = _FORKS.Process(target=_trainer, args=(plan, log, dict(os.environ), writer))
     process.start()
     writer.close()
     with os.fdopen(os.dup(reader.fileno())) as lines:
-        events = [json.loads(line) for line in lines]
+        events = _heard(lines, on_event)
     reader.close()
     process.join()
     return events

@@ -52,15 +52,20 @@ class Faults:
         self._write = write
         self._end = end
         attempt, size = plan["attempt"], plan["geometry"]["per_device"]
-        self._how = {
-            fault["at"]: fault["how"]
+        self._faults = [
+            fault
             for fault in faults
             if fault.get("attempt", attempt) == attempt and size > fault.get("above", 0)
-        }
+        ]
 
     def at(self, place: str) -> None:
         """Break down here, if that is planned."""
-        how, _, number = self._how.get(place, "").partition(":")
+        for fault in self._faults:
+            if fault["at"] == place:
+                self._break_down(fault["how"], place)
+
+    def _break_down(self, planned: str, place: str) -> None:
+        how, _, number = planned.partition(":")
         match how:
             case "kill":
                 os.kill(os.getpid(), signal.SIGKILL)

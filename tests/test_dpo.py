@@ -20,6 +20,7 @@ from trl import DPOConfig, DPOTrainer
 from runner.errors import DataError, JobError
 from runner.job import matrix
 from runner.manifest import Job
+from runner.request import Request
 from runner.schema.generate import DPO_LOSSES
 from runner.train import methods, state
 from runner.train.callbacks import SaveAndStop
@@ -95,7 +96,9 @@ def built(job: Job, data: Path, *, start: Path | None = None, batch: int = 8, cu
             collator=Collator(processor, rows.form, torch.float32),
             rows=rows,
             eval_rows=None,
-            control=SaveAndStop(save_steps=None, save_seconds=1e9, stop_requested=lambda: False),
+            control=SaveAndStop(
+                save_steps=None, save_seconds=1e9, request=Request, tell_phase=lambda phase: None
+            ),
         )
     assert isinstance(trainer, methods.DpoRun)
     return trainer

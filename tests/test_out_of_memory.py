@@ -76,7 +76,9 @@ def test_each_out_of_memory_costs_one_restart_with_the_next_smaller_size(
     assert told == [(0, {"from": 8, "to": 4}), (4, {"from": 4, "to": 2}), (4, {"from": 2, "to": 1})]
     for one in bench.result()["restarts"]:
         assert one["reason"].startswith("out of memory in step ")
-    assert "goes on from checkpoint 00000004-0002, step 4, with 2 rows per device instead of 4" in output
+    assert (
+        "goes on from checkpoint 00000004-000001-0002, step 4, with 2 rows per device instead of 4" in output
+    )
 
 
 def test_a_number_is_a_wish_and_goes_down_too(bench: Bench, undisturbed: str) -> None:

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,7 +20,7 @@ from runner.checkpoint.head import Head, Manifest, decode
 from runner.supervisor import custody
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
-from tests.test_launch import Bench, Command, at
+from tests.test_launch import Bench, at
 
 _COUNT = iter(range(1_000_000))
 

@@ -150,8 +150,8 @@ class Custody:
             began = run_place(before, self._job.name, self._folder.path)
             raise DataError(
                 f"{store.place}: nothing is there of the run that {self._folder.path} belongs to, which "
-                f"began with checkpoints in {began}; remedy: set checkpoints.uri back, copy what is there to its "
-                f"new place, or, to start over, {self.place.remedy}"
+                f"began with checkpoints in {began}; remedy: set checkpoints.uri back, copy what is there to "
+                f"its new place, or, to start over, {self.place.remedy}"
             )
         return None
 

@@ -26,6 +26,7 @@ PHASES = {
     "evaluate_before": "evaluating before training",
     "probe": "finding a batch size that fits",
     "train": "training",
+    "wait": "waiting for the store",
     "save": "saving",
     "evaluate": "evaluating",
     "evaluate_after": "evaluating after training",
