@@ -41,6 +41,7 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lora": {"init_lora_weights": "orthogonal", "r": 7}}, ("lora", "init_lora_weights")),
     ({"lora": {"init_lora_weights": "loftq"}}, ("lora", "init_lora_weights")),
     ({"lora": {"lora_bias": True, "use_dora": True}}, ("lora", "lora_bias")),
+    ({"lora": {"velora_config": {"num_groups": 4}}}, ("lora", "velora_config")),
     ({**DPO, "lora": {"bias": "lora_only"}}, ("lora", "bias")),
     ({"lora": {"target_modules": "all-linear", "layers_to_transform": [1]}}, ("lora", "layers_to_transform")),
     ({"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers"}}, ("lora", "layers_pattern")),
@@ -171,6 +172,17 @@ def test_peft_refuses_the_same(lora: dict[str, Any]) -> None:
 
     with pytest.raises((ValueError, ImportError)):
         LoraConfig(**lora)
+
+
+def test_velora_keeps_state_outside_the_parameters() -> None:
+    import torch
+    from peft import LoraConfig, VeloraConfig, get_peft_model
+
+    model = torch.nn.Sequential()
+    model.add_module("q_proj", torch.nn.Linear(64, 64))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], velora_config=VeloraConfig()))
+    kept = {name for name, _ in adapted.named_buffers()}
+    assert any("velora" in name for name in kept), kept
 
 
 def test_dpo_config_refuses_weights_of_another_number(tmp_path: Any) -> None:

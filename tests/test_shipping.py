@@ -17,7 +17,7 @@ import pytest
 
 from runner.checkpoint import lease
 from runner.checkpoint.head import Head, Manifest, decode
-from runner.supervisor import custody
+from runner.supervisor import attempt, custody
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
 from tests.test_launch import Bench, at
@@ -373,3 +373,19 @@ def test_machine_that_went_down_near_its_memory_limit_is_followed_with_a_smaller
     assert restart["per_device"] == {"from": 8, "to": 4}
     assert "at 94% of the memory limit" in restart["reason"]
     assert second.weights() == undisturbed
+
+
+# --- the trainer ---
+
+
+def test_trainer_gets_no_credentials() -> None:
+    given = {
+        **ENVIRONMENT,
+        "AWS_SESSION_TOKEN": "x",
+        "HF_TOKEN": "hf_x",
+        "PATH": "/bin",
+        "WANDB_API_KEY": "w",
+    }
+    left = attempt.environ_of_trainer(given)
+    assert not any(name.startswith(("AWS_", "HF_TOKEN")) for name in left)
+    assert (left["PATH"], left["WANDB_API_KEY"]) == ("/bin", "w")

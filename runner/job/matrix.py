@@ -47,6 +47,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         init_lora_weights: orthogonal                  x odd r       PEFT raises
         init_lora_weights: loftq                       x no loftq_config   PEFT raises
         lora_bias                                      x use_dora, other init   PEFT raises
+        velora_config                                                state outside the parameters: no resume
         bias: all, lora_only                           x method dpo  PEFT raises: it cannot be copied
         layers_to_transform, layers_pattern            x target_modules: text   PEFT raises
         layers_pattern                                 x no layers_to_transform   PEFT raises

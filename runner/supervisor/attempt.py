@@ -30,6 +30,10 @@ NEAR = 0.95
 """Share of the memory limit at which a trainer is ended: the kernel may kill its supervisor as well."""
 
 
+SECRET = ("AWS_", "GOOGLE_", "AZURE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Beginnings of variables that a trainer does not get."""
+
+
 @dataclass(frozen=True)
 class Ended:
     """A trainer that is gone."""
@@ -116,7 +120,8 @@ def last_number(attempts: Path) -> int:
 
 
 def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
-    """The supervisor's environment, with what a single quiet trainer needs on top.
+    """The supervisor's environment, with what a single quiet trainer needs on top, and without credentials of
+    stores: a trainer talks to none, and runs code of many packages (`SECRET`).
 
     CUDA_VISIBLE_DEVICES   0                 of a supervisor that has none
                            its first         of one that has a list: TRL refuses DataParallel over several
@@ -127,7 +132,7 @@ def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
     """
     visible = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return {
-        **environ,
+        **{name: value for name, value in environ.items() if not name.startswith(SECRET)},
         "CUDA_VISIBLE_DEVICES": visible,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
