@@ -52,9 +52,7 @@ def adapted(lora: Section, quantization: Section, *, freeze: list[str]) -> Itera
                 yield Finding(("lora", key), reason, f"remove it, or take {part} out of model.freeze")
     yield from _initial(lora, quantization)
     if lora.get("velora_config") is not None:
-        reason = (
-            "VeLoRA projects by values that it keeps outside the parameters, so a resumed run would differ"
-        )
+        reason = "VeLoRA projects by values outside the parameters, so that a resumed run would differ"
         yield Finding(("lora", "velora_config"), reason, "remove it")
     if isinstance(targets, str):
         for key in ("layers_to_transform", "layers_pattern"):

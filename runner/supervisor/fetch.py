@@ -219,8 +219,8 @@ def _start(given: str) -> Path:
     if not (path / "adapter_config.json").is_file():
         raise DataError(
             f"find lora.init_from {given}: {path} holds neither adapter_config.json nor "
-            "parameters.safetensors; remedy: name an adapter's folder, as runs/<name>/adapter, or what runner "
-            "checkpoints pull made"
+            "parameters.safetensors; remedy: name an adapter's folder, as runs/<name>/adapter, or what "
+            "runner checkpoints pull made"
         )
     if not (path / "adapter_model.safetensors").is_file():
         raise DataError(
