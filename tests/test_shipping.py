@@ -384,8 +384,8 @@ def test_trainer_gets_no_credentials() -> None:
         "AWS_SESSION_TOKEN": "x",
         "HF_TOKEN": "hf_x",
         "PATH": "/bin",
-        "WANDB_API_KEY": "w",
+        "WANDB_KEY": "w",
     }
     left = attempt.environ_of_trainer(given)
     assert not any(name.startswith(("AWS_", "HF_TOKEN")) for name in left)
-    assert (left["PATH"], left["WANDB_API_KEY"]) == ("/bin", "w")
+    assert (left["PATH"], left["WANDB_KEY"]) == ("/bin", "w")
