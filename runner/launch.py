@@ -138,7 +138,7 @@ class _Run:
             answers.append(self._fetched(stored, look))
 
         # Before the identity is known one might fetch another commit than the run began with.
-        self._custody.take(None if stored is None else fetch_meanwhile)
+        self._custody.take(fetch_meanwhile if stored is not None else lambda look: None)
         return answers[0] if answers else None
 
     def _fetched(self, stored: Identity | None, look: Callable[[], str | None]) -> Answer:

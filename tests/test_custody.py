@@ -69,7 +69,7 @@ class World:
     @contextlib.contextmanager
     def taken(self) -> Iterator[Custody]:
         with self.custody() as custody:
-            assert custody.take(None)
+            assert custody.take(lambda look: None)
             yield custody
 
     def with_steps(self, *steps: int) -> None:

@@ -16,6 +16,7 @@ import pytest
 from runner import events
 from runner.events import LONGEST, EventLog, LineReader
 from runner.supervisor import result
+from runner.supervisor.journal import Journal
 from runner.supervisor.progress import Screen, change_lines, duration, metric_lines
 
 ROOT = Path(__file__).parents[1]
@@ -100,24 +101,45 @@ def test_an_event_without_its_fields_is_garbage(event: dict[str, Any]) -> None:
 
 
 def test_record_adds_up_attempts_and_survives_a_clock_set_back() -> None:
-    record = result.add_up(
-        [
-            {"event": "start", "attempt": 0, "time": 0.0},
-            {"event": "attempt", "attempt": 1, "time": 10.0},
-            {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "before", "metrics": {"m": 1}},
-            {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "during", "metrics": {"m": 2}},
-            {"event": "restart", "attempt": 2, "time": 50.0, "reason": "SIGKILL", "step": 4},
-            {"event": "attempt", "attempt": 2, "time": 50.0},
-            {"event": "step", "attempt": 2, "time": 53.5},
-            {"event": "attempt", "attempt": 3, "time": 60.0},
-            {"event": "step", "attempt": 3, "time": 1.0},
-        ]
-    )
+    record = result.Record()
+    for event in [
+        {"event": "start", "attempt": 0, "time": 0.0},
+        {"event": "attempt", "attempt": 1, "time": 10.0},
+        {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "before", "metrics": {"m": 1}},
+        {"event": "evaluation", "attempt": 1, "time": 12.0, "when": "during", "metrics": {"m": 2}},
+        {"event": "restart", "attempt": 2, "time": 50.0, "reason": "SIGKILL", "step": 4},
+        {"event": "attempt", "attempt": 2, "time": 50.0},
+        {"event": "step", "attempt": 2, "time": 53.5},
+        {"event": "attempt", "attempt": 3, "time": 60.0},
+        {"event": "step", "attempt": 3, "time": 1.0},
+    ]:
+        record.note(event)
     assert record.seconds == 5.5
     assert record.restarts == [{"attempt": 2, "reason": "SIGKILL", "step": 4, "per_device": None}]
     assert record.metrics == {"before": {"m": 1}, "after": None}
-    assert record.last is not None
-    assert record.last["attempt"] == 3
+    assert record.last == {"event": "attempt", "outcome": None, "error": None}
+    assert record.attempts == 3
+
+
+def test_record_goes_on_from_head_and_from_what_this_machine_did_since(tmp_path: Path) -> None:
+    """`HEAD` is swapped now and then; the events file of the same machine knows the rest."""
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+
+        def journal() -> Journal:
+            return Journal(log, Screen(io.StringIO()), lambda: None)
+
+        first = journal()
+        first.say({"event": "attempt"})
+        kept = first.snapshot()
+        first.say({"event": "restart", "reason": "SIGKILL"})
+        here, elsewhere = journal(), journal()
+        here.resume(kept, True, path)
+        elsewhere.resume(kept, False, path)
+        assert [one["reason"] for one in here.record.restarts] == ["SIGKILL"]
+        here.say({"event": "restart", "reason": "again"})
+    assert [one["reason"] for one in here.snapshot()["restarts"]] == ["SIGKILL", "again"]
+    assert elsewhere.record.restarts == []
 
 
 # --- the screen ---

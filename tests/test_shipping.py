@@ -389,3 +389,13 @@ def test_trainer_gets_no_credentials() -> None:
     left = attempt.environ_of_trainer(given)
     assert not any(name.startswith(("AWS_", "HF_TOKEN")) for name in left)
     assert (left["PATH"], left["WANDB_KEY"]) == ("/bin", "w")
+
+
+def test_notice_ends_the_wait_for_a_store_that_never_answered(world: World) -> None:
+    world.proxy.fail("GET", "", "503", times=10_000)
+    process = world.first.start()
+    world.first.wait_for(lambda: bool(world.first.said("store")), process)
+    process.send(signal.SIGINT)
+    code, output = process.finish()
+    assert code == 75, output
+    assert f"SIGINT: stopped while waiting for {world.uri}/bench" in output

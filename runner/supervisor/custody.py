@@ -14,10 +14,10 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from runner.checkpoint.collect import GRACE, Collector
 from runner.checkpoint.commit import Committer
@@ -46,6 +46,9 @@ SHORT = 1.0
 
 JOB_IDS = ("RUNNER_JOB_UID", "AWS_BATCH_JOB_ID", "SLURM_JOB_ID")
 """Variables that name the orchestrator's job, the first that is set: its processes are siblings."""
+
+
+T = TypeVar("T")
 
 
 class Custody:
@@ -141,7 +144,7 @@ class Custody:
             DataError: the run began elsewhere, or what was here is gone.
         """
         store = self._holding.store
-        found = store.read(IDENTITY)
+        found = self._call(lambda: store.read(IDENTITY))
         if found is not None:
             return identity.decode(found.data, f"{store.place}/{IDENTITY}")
         here = identity.read(self._folder.identity)
@@ -157,7 +160,7 @@ class Custody:
 
     def is_done(self) -> bool:
         """Whether the run is known to be done; it never begins again."""
-        found = self._holding.store.read(HEAD)
+        found = self._call(lambda: self._holding.store.read(HEAD))
         with contextlib.suppress(DataError):  # what is wrong with it is said by whoever takes it
             return found is not None and decode(Head, found.data, HEAD).state == "done"
         return False
@@ -175,10 +178,10 @@ class Custody:
         if self._job.checkpoints.allow_unfenced:
             text = f"{store.place} is used unfenced: nothing but you keeps two commands off this run"
             self._journal.say({"event": "warning", "message": text})
-        elif (wrong := probe(store)) is not None:
+        elif (wrong := self._call(lambda: probe(store))) is not None:
             raise unfit(store.place, wrong)
 
-    def take(self, meanwhile: Callable[[Callable[[], str | None]], None] | None) -> bool:
+    def take(self, meanwhile: Callable[[Callable[[], str | None]], None]) -> bool:
         """Become the owner. False when the run is done.
 
         Args:
@@ -189,22 +192,7 @@ class Custody:
             NotOwner, Preempted: another process works on the run, or a notice came.
             DataError: the state of the run is missing or damaged.
         """
-        with ThreadPoolExecutor(1, "lease") as pool:
-            taking = pool.submit(self._holding.lease.take)
-            try:
-                wait_for([taking], SHORT)
-                if not taking.done():
-                    self._journal.line(f"another owner of {self.place.store} may still live: waiting for it")
-                    if meanwhile is not None:
-                        meanwhile(lambda: self._glance(taking))
-                while not taking.done():
-                    self._look()
-                    self._glance(taking)
-                    wait_for([taking], LOOK)
-            finally:
-                if not taking.done():
-                    self._clock.end(Preempted("stopped while waiting for the lease"))
-            self.taken = taking.result()
+        self.taken = self._call(self._holding.lease.take, meanwhile)
         if self.taken:
             before = self.predecessor
             here = before is not None and self._lock is not None and before.owner.lock == self._lock
@@ -220,20 +208,40 @@ class Custody:
         self.check()
         return None
 
-    def _glance(self, taking: Future[bool]) -> str | None:
-        self._journal.show()
-        if taking.done():
-            taking.result()
-        return None
+    def _call(
+        self, work: Callable[[], T], meanwhile: Callable[[Callable[[], str | None]], None] | None = None
+    ) -> T:
+        """Do what may have to wait for the store, so that a notice ends the waiting."""
+        with ThreadPoolExecutor(1, "store") as pool:
+            doing = pool.submit(work)
 
-    def _look(self) -> None:
-        """Raise when a notice came; nothing of ours is under way."""
-        self._notices.poll()
-        if self._notices.first is not None:
-            raise Preempted(
-                f"{self._notices.first}: stopped while waiting for {self.place.store}; the same command "
-                "goes on"
-            )
+            def look() -> str | None:
+                self._journal.show()
+                if doing.done():
+                    doing.result()
+                return None
+
+            try:
+                if meanwhile is not None:
+                    wait_for([doing], SHORT)
+                    if not doing.done():
+                        text = f"another owner of {self.place.store} may still live: waiting for it"
+                        self._journal.line(text)
+                        meanwhile(look)
+                while not doing.done():
+                    self._notices.poll()
+                    if self._notices.first is not None:
+                        raise Preempted(
+                            f"{self._notices.first}: stopped while waiting for {self.place.store}; the same "
+                            "command goes on"
+                        )
+                    look()
+                    wait_for([doing], LOOK)
+            finally:
+                if not doing.done():
+                    self._clock.end(Preempted("stopped while waiting for the store"))
+            self._journal.show()
+            return doing.result()
 
     # --- the run is ours ---
 
@@ -249,7 +257,7 @@ class Custody:
                 f"to; remedy: put it back from a copy, as {self._folder.identity} of a machine that ran it"
             )
         data = identity.encode(new)
-        if not self._holding.store.create(IDENTITY, data):
+        if not self._call(lambda: self._holding.store.create(IDENTITY, data)):
             found = self.identity()
             assert found is not None
             return found
@@ -262,7 +270,7 @@ class Custody:
 
     def renew(self) -> None:
         """Let `HEAD` know what is so now."""
-        self._holding.lease.renew()
+        self._call(self._holding.lease.renew)
 
     def restore(self) -> Sealed | None:
         """The checkpoint to go on from, in `newest/`; None for a run that has none yet.
@@ -271,8 +279,10 @@ class Custody:
             DataError: there are checkpoints and none is whole.
         """
         holding = self._holding
-        found = restore(
-            holding.store, holding.lease, holding.manifests, self._folder.newest, self._journal.say
+        found = self._call(
+            lambda: restore(
+                holding.store, holding.lease, holding.manifests, self._folder.newest, self._journal.say
+            )
         )
         if found is None:
             return None
@@ -342,7 +352,7 @@ class Custody:
         if final is None:
             return None
         holding = self._holding
-        return download(holding.store, holding.manifests.get(final), folder).folder
+        return self._call(lambda: download(holding.store, holding.manifests.get(final), folder)).folder
 
     def close(self) -> None:
         """Send what is left, end the threads, and give the run back."""

@@ -62,7 +62,8 @@ class Pace:
 
     def begin(self) -> None:
         """A trainer starts from what is committed."""
-        self._since, self._saved, self._committed = None, {}, self._now()
+        self._trained = self._committed = self._now()
+        self._since, self._saved = None, {}
 
     def note(self, event: Event) -> None:
         """Take an event of the trainer."""

@@ -36,6 +36,9 @@ PHASES = {
 SECONDS_BETWEEN = 10.0
 """Without a terminal, progress is a line this often, at every tenth of the way, and at the first and last."""
 
+SLOW_STORE = 3.0
+"""Seconds of failing calls after which a person wants to know."""
+
 _WINDOW = 20
 """Steps that rates and ETA are averaged over."""
 
@@ -103,6 +106,9 @@ class Screen:
                 self.line(f"checkpoint {event['id']} is committed, step {event['step']}")
             case "removed":
                 self.line(f"removed leftover {event['id']}: {event['reason']}")
+            case "store" if event.get("waited", 0) >= SLOW_STORE:
+                reason = str(event.get("message")).partition("; remedy")[0]
+                self.line(f"the store does not answer, {event['waited']:.0f} s by now: {reason}")
             case "warning":
                 self.line(f"warning: {event.get('message')}")
             case "message":
