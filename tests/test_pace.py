@@ -1,4 +1,4 @@
-"""How often a run saves, what is at risk, what a trainer is asked for: rows of the tables, on a fake clock."""
+"""How often a run saves, what is at risk, what a trainer is asked for: rows of tables, on a fake clock."""
 
 from __future__ import annotations
 
