@@ -16,7 +16,7 @@ BIN := .venv/bin
 unexport JOB SET ARGS PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help train validate test check bench schema clean has-job
+.PHONY: help train validate test check chaos bench schema clean has-job
 
 help: ## Show this list
 	@echo 'usage: make TARGET [NAME=value]'
@@ -38,10 +38,14 @@ check: .venv/.installed ## Lint, check the format and the types
 	@$(BIN)/ruff format --check
 	@$(BIN)/mypy
 
+chaos: .venv/.installed ## Kill runs 500 times and more, and see what became of them: make chaos ARGS="--minutes 30"
+	@$(BIN)/python -m tests.chaos $(ARGS)
+
 bench: .venv/.installed ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py
 	@$(BIN)/python bench/sft_step.py
 	@$(BIN)/python bench/memory.py
+	@$(BIN)/python bench/slow_store.py
 
 schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
 	@$(BIN)/python -m runner.schema.generate

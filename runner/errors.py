@@ -6,7 +6,7 @@
     ├── DataError         65   a dataset, a model folder or a checkpoint is not what the job says
     ├── StorageError      74   disk, store or network, after patience (retried by orchestrators)
     ├── Preempted         75   stopped by a notice; state is saved, the same command goes on
-    ├── NotOwner          76   another supervisor runs this job
+    ├── NotOwner          76   another supervisor owns this run
     ├── AccessDenied      77   credentials or rights are missing or wrong
     ├── JobError          78   the job is wrong; carries every problem that was found
     └── NoProgress        93   the same step failed twice
@@ -61,7 +61,7 @@ class Preempted(RunnerError):
 
 
 class NotOwner(RunnerError):
-    """Another supervisor runs this job."""
+    """Another supervisor owns this run, on this machine or another."""
 
     exit_code = 76
 

@@ -6,9 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.s3_server import ENVIRONMENT, s3_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -18,15 +21,22 @@ COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.s
 LIGHT = [command for command in COMMANDS if not command.startswith("make")]
 
 
-def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """As a person types it, with this environment's runner."""
     return subprocess.run(
         ["bash", "-c", command.replace(".venv/bin/", f"{BIN}/")],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=dict(os.environ),
+        env={**os.environ, **environment},
     )
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[dict[str, str]]:
+    """The reader's bucket, and the environment that leads there."""
+    with s3_server() as port:
+        yield {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +59,11 @@ def test_the_commands_were_found() -> None:
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_a_command_of_the_readme_runs(command: str, folder: Path) -> None:
+def test_a_command_of_the_readme_runs(
+    command: str, folder: Path, bucket: dict[str, str]
+) -> None:
     """In order, in one folder: what `train` leaves is what `evaluate` reads."""
-    done = shell(command, folder)
+    done = shell(command, folder, bucket)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,16 +1,20 @@
 """The parts of the supervisor, without torch; `runner.launch` puts them together.
 
-run_folder     the paths of a run, and its lock
+run_folder     the paths of a run on this machine, and its lock
 identity       what makes a run this run; a job that differs is refused
+custody        the run in its store: opened, taken, restored, shipped, given back
 fetch, hub     a child process gets models and datasets; fetching is the parent's side of it
-attempt        one trainer: its folder, its environment, the watch over it, how it ended in words
-seen           what its events say about where it is
-watchdog       when a trainer hangs
-cgroup         how full the memory is, and whom the kernel killed for it
-remains        what a child leaves behind: its last error, its outcome
+attempts       one trainer after another, each from the newest checkpoint
+attempt        one trainer: its folder, its environment, how it ended in words
+seen, remains  what it said while it ran, and what it left
 ranks, shim    a child process: started so that it cannot outlive us, watched until it is gone
-verdict        what follows when it ends: once more, done, or stop
+watchdog       when a trainer hangs; cgroup: how near it is to the memory limit
+pace, direct   how often it saves, and what it is asked for: go, wait, stop
+batch          the per-device size of a run's attempts
+verdict        what follows when a trainer ends: once more, done, or stop
+final          what a run ends with, as one folder
 evaluation     `runner evaluate`
+journal        what happens, told once: to the events, the record, the screen
 progress       what people see
-result         result.json
+result         result.json, and the record that `HEAD` keeps
 """
