@@ -197,9 +197,9 @@ def _collected(work: Work, lease: Lease, dropped: tuple[Entry, ...], grace: floa
         )
     else:
         work.say(f"{objects}: deleted now")
+    collector.look()  # a pin that is the same after the grace is of a reader that has died
     until = clock.now() + grace
     while (wait := until - clock.now()) > 0:
-        collector.look()
         clock.sleep(min(RENEW_EVERY, wait))
         lease.renew()
     return collector.collect()
