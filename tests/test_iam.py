@@ -1,6 +1,6 @@
 """docs/iam/: the rights that a run and a reader need, and none more, at a server that enforces them.
 
-The server does not know conditions of policies; that every list names the run's prefix is seen in the requests.
+The server knows no conditions of policies; that every list names the prefix is seen in the requests.
 """
 
 from __future__ import annotations

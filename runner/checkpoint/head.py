@@ -3,7 +3,7 @@
     HEAD                                     who owns the run, and which checkpoints count; swapped
     checkpoints/<step>-<epoch>-<id>.json     a checkpoint: names to blobs; written once, after all its blobs
     blobs/<epoch>/<sha256>                   the content of a file; written once
-    pins/<reader>.json                       keeps a checkpoint from collection while it is read
+    pins/<reader>-<n>.json                   keeps a checkpoint from collection while it is read
     events/<epoch>-<n>.jsonl                 what happened, in parts; written once
     run.json                                 what makes the run this run; written once, not ours
 
