@@ -11,10 +11,10 @@ warnings too.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         for entry in verdict.collected:
             say(f"gone   {entry.id}  step {entry.step}: collected by its owner meanwhile")
         if verdict.orphans is not None:
-            blobs, manifests = len(verdict.orphans.blobs), len(verdict.orphans.manifests)
-            say(f"{blobs} blobs and {manifests} manifests that nothing retained names")
+            say(f"{verdict.orphans} that nothing retained names")
         if not verdict.whole:
             complain(
                 f"{store.place}: what is retained is not whole\n    remedy: bring back what was lost "
@@ -263,14 +262,30 @@ def _confirm(what: str, yes: bool) -> None:
 # --- what they share ---
 
 
+def _closing(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`act`, after which every store that it opened is closed."""
+
+    def acting(arguments: argparse.Namespace) -> int:
+        with contextlib.ExitStack() as arguments.opened:
+            return act(arguments)
+
+    return acting
+
+
 def _place(arguments: argparse.Namespace) -> Place:
-    opened = partial(
-        open_store,
-        patience=_patience(BootClock()),
-        fenced=not arguments.allow_unfenced,
-        kms_key=arguments.kms_key_id,
-        bucket_owner=arguments.expected_bucket_owner,
-    )
+    patience = _patience(BootClock())
+
+    def opened(uri: str) -> Store:
+        store = open_store(
+            uri,
+            patience,
+            fenced=not arguments.allow_unfenced,
+            kms_key=arguments.kms_key_id,
+            bucket_owner=arguments.expected_bucket_owner,
+        )
+        arguments.opened.callback(store.close)
+        return store
+
     return Place(arguments.uri.rstrip("/"), opened)
 
 
@@ -309,9 +324,9 @@ def _files(row: inspect.Row) -> int | None:
     return None if row.manifest is None else len(row.manifest.files)
 
 
-def _counts(*numbers: int | None) -> tuple[str, str, str]:
-    step, files, size = ("?" if number is None else f"{number:,}" for number in numbers)
-    return step, files, size
+def _counts(step: int, *numbers: int | None) -> tuple[str, str, str]:
+    files, size = ("?" if number is None else f"{number:,}" for number in numbers)
+    return f"{step}", files, size
 
 
 def _extent(one: inspect.Checked) -> str:
@@ -332,7 +347,10 @@ def _aligned(table: Sequence[tuple[str, str, str, str, str]]) -> str:
 
 def _say_deleted(keys: Iterable[str]) -> None:
     keys = list(keys)
-    say("".join(f"deleted {key}\n" for key in keys) + f"{len(keys)} objects deleted")
+    say(
+        "".join(f"deleted {key}\n" for key in keys)
+        + f"{len(keys)} object{'' if len(keys) == 1 else 's'} deleted"
+    )
 
 
 def _say_json(value: Any) -> None:
@@ -345,40 +363,40 @@ VERBS = {
         "  runner checkpoints ls s3://bucket/prefix/my-charts\n"
         "  runner checkpoints ls runs/my-charts --json\n",
         _ls_arguments,
-        _ls,
+        _closing(_ls),
     ),
     "verify": Verb(
         "Read every byte of what is retained; 65 if anything is wrong.",
         "  runner checkpoints verify s3://bucket/prefix/my-charts\n"
         "  runner checkpoints verify runs/my-charts --id 00000120-0002\n",
         _verify_arguments,
-        _verify,
+        _closing(_verify),
     ),
     "pull": Verb(
         "Get the adapter, also out of a run that trains.",
         "  runner checkpoints pull s3://bucket/prefix/my-charts --to my-adapter\n"
         "  runner checkpoints pull runs/my-charts --step 120 --to state-120 --checkpoint\n",
         _pull_arguments,
-        _pull,
+        _closing(_pull),
     ),
     "gc": Verb(
         "Delete what nothing retained names. Refuses a live run.",
         "  runner checkpoints gc s3://bucket/prefix/my-charts\n"
         "  runner checkpoints gc runs/my-charts --no-grace\n",
         _gc_arguments,
-        _gc,
+        _closing(_gc),
     ),
     "adopt": Verb(
         "Make a checkpoint the head of a run whose HEAD is lost.",
         "  runner checkpoints adopt s3://bucket/prefix/my-charts/checkpoints/00000120-000002-ID.json\n",
         _adopt_arguments,
-        _adopt,
+        _closing(_adopt),
     ),
     "rm": Verb(
         "Delete a run, or one of its checkpoints. Refuses a live run.",
         "  runner checkpoints rm s3://bucket/prefix/my-charts\n"
         "  runner checkpoints rm runs/my-charts --id 00000120-0002 --yes\n",
         _rm_arguments,
-        _rm,
+        _closing(_rm),
     ),
 }

@@ -283,7 +283,7 @@ def test_verify_reads_everything_and_counts_orphans(world: World) -> None:
     run.finish(4, END)
     run.store.create(blob_key(1, "orphan", 0), b"x")
     assert world.cli("verify", world.uri) == 0
-    assert world.out.count("whole") == 3 and "1 blobs and 0 manifests" in world.out
+    assert world.out.count("whole") == 3 and "1 blob and 0 manifests" in world.out
     assert world.cli("verify", world.uri, "--json") == 0
     told = json.loads(world.out)
     assert told["whole"] and told["orphans"] == {"blobs": 1, "manifests": 0} and told["collected"] == []
@@ -531,15 +531,15 @@ def test_pin_is_renewed_under_new_keys(world: World, monkeypatch: pytest.MonkeyP
 
     def wait() -> None:
         deadline = time.monotonic() + 30
-        while len(set().union(*seen)) < 4:
+        while len(set().union(*seen)) < 5:
             seen.append(set(run.store.keys(PINS)))
             assert time.monotonic() < deadline
 
     during(monkeypatch, world, wait)
     to = world.path / "to"
-    done = pulling.pull(world.store(), world.store(), Wish(checkpoint=True), to, print, refresh_every=0.01)
+    done = pulling.pull(world.store(), world.store(), Wish(checkpoint=True), to, print, refresh_every=0.2)
     assert done.pinned and done.entry == entry
-    assert all(seen) and len(seen[-1]) <= 2  # at every moment there is one
+    assert all(seen) and max(map(len, seen)) <= 3  # at every moment there is one
     assert list(run.store.keys(PINS)) == []
 
 
@@ -592,7 +592,7 @@ def test_gc_deletes_after_the_grace_and_gives_the_run_back(world: World, state: 
         world.proxy.clear()
     assert world.cli("gc", world.uri) == 0
     assert {line.split()[1] for line in world.out.splitlines()[:-1]} == left
-    assert "1 manifests and 1 blobs that HEAD does not name: deleted in 60 min" in world.err
+    assert "1 blob and 1 manifest that HEAD does not name: deleted in 60 min" in world.err
     assert world.clock.time >= GRACE
     after = head(run.store)
     assert (after.state, after.epoch) == (state, 2)

@@ -64,6 +64,9 @@ class Orphans:
     manifests: tuple[str, ...]
     blobs: tuple[str, ...]
 
+    def __str__(self) -> str:
+        return f"{_counted(len(self.blobs), 'blob')} and {_counted(len(self.manifests), 'manifest')}"
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -158,6 +161,10 @@ def keys_of(manifests: Manifests, entries: Iterable[Entry]) -> Iterator[str]:
     for entry in entries:
         yield entry.key
         yield from (blob.key for blob in manifests.get(entry).files.values())
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
 
 
 def _row(manifests: Manifests, entry: Entry) -> Row:

@@ -189,7 +189,7 @@ def _collected(work: Work, lease: Lease, dropped: tuple[Entry, ...], grace: floa
         ) from error
     if not (left.manifests or left.blobs):
         return []
-    objects = f"{len(left.manifests)} manifests and {len(left.blobs)} blobs that {HEAD} does not name"
+    objects = f"{left} that {HEAD} does not name"
     if grace:
         work.say(
             f"{objects}: deleted in {grace / 60:.0f} min, because somebody may have begun to read them; "

@@ -181,7 +181,8 @@ def _from_checkpoint(store: Store, manifest: Manifest, wish: Wish, scratch: Path
 def _pinned(store: Store, entry: Entry, refresh_every: float, say: Callable[[str], object]) -> Iterator[bool]:
     """Hold a pin on a checkpoint, if it can be written. Yields whether it was."""
     name, data = f"{PINS}{uuid.uuid4().hex}", encode(Pin(entry=entry, ttl_s=PIN_TTL))
-    # Each refresh is a new key, because the same bytes under the old one could look unchanged.
+    # Each refresh is a new key, because the same bytes under the old one could look unchanged. The one before
+    # stays until the next: whoever lists a folder meanwhile might see neither.
     keys = (f"{name}-{number:06d}.json" for number in range(1_000_000))
     held = [next(keys)]
     try:
@@ -197,7 +198,8 @@ def _pinned(store: Store, entry: Entry, refresh_every: float, say: Callable[[str
             try:
                 held.append(next(keys))
                 store.create(held[-1], data)
-                store.delete(held[-2])
+                if len(held) > 2:
+                    store.delete(held[-3])
             except RunnerError as error:
                 say(f"the pin is not refreshed any more: {error}")
                 return
@@ -210,5 +212,5 @@ def _pinned(store: Store, entry: Entry, refresh_every: float, say: Callable[[str
         ended.set()
         thread.join()
         with contextlib.suppress(RunnerError):  # it ends by itself
-            for key in held[-2:]:
+            for key in held[-3:]:
                 store.delete(key)
