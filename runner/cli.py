@@ -8,20 +8,18 @@ none of those is a defect of ours, and its traceback goes to a file that the mes
 from __future__ import annotations
 
 import argparse
-import contextlib
-import difflib
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from runner import __version__
-from runner.errors import JobError, RunnerError, StorageError, UsageError
+from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
+from runner.errors import JobError, RunnerError, UsageError
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
@@ -36,27 +34,6 @@ exit codes:
   0 done   64 usage   65 bad data   74 storage   75 stopped, run again   76 not owner
   77 permission   78 bad job   93 no progress   1 and others: crash
 """
-
-
-@dataclass(frozen=True)
-class Verb:
-    """A word of the command line: what it does, and how."""
-
-    help: str
-    examples: str
-    arguments: Callable[[argparse.ArgumentParser], None]
-    act: Callable[[argparse.Namespace], int]
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises where argparse would print and exit with 2, which means nothing to an orchestrator."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self.prog}: {message}\n    remedy: see {self.prog} --help")
-
-
-class _ReaderLeft(Exception):
-    """Nobody reads stdout any more, as in `runner schema | head`: no failure."""
 
 
 def entry() -> NoReturn:
@@ -76,17 +53,18 @@ def main(argv: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
         return _run(argv)
-    except _ReaderLeft:
+    except ReaderLeft:
         return 0
     except JobError as error:
         count = len(error.problems)
-        _complain(f"{error}\n\n{count} problem{'s' if count != 1 else ''} in the job; nothing was started")
+        of_job = f"\n\n{count} problem{'s' if count != 1 else ''} in the job; nothing was started"
+        complain(f"{error}{of_job if isinstance(VERBS[argv[0]], Verb) else ''}")
         return error.exit_code
     except RunnerError as error:
-        _complain(str(error))
+        complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _complain("interrupted")
+        complain("interrupted")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last resort, and the only one in this process)
         return _defect(error)
@@ -94,38 +72,19 @@ def main(argv: list[str]) -> int:
 
 def _run(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        _say(_overview())
+        say(_overview())
         return 0 if argv else UsageError.exit_code
     if argv[0] in ("-V", "--version"):
-        _say(f"runner {__version__}")
+        say(f"runner {__version__}")
         return 0
-    if argv[0] not in VERBS:
-        near = difflib.get_close_matches(argv[0][:32], VERBS, n=1)
-        meant = f"did you mean {near[0]}? " if near else ""
-        raise UsageError(
-            f"runner: {argv[0]!r} is not a verb\n    remedy: {meant}the verbs are {', '.join(VERBS)}"
-        )
-    verb = VERBS[argv[0]]
-    parser = _Parser(
-        prog=f"runner {argv[0]}",
-        description=verb.help,
-        epilog=f"examples:\n{verb.examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    verb.arguments(parser)
-    if {"-h", "--help"} & set(argv[1:]):
-        _say(parser.format_help())
-        return 0
-    return verb.act(parser.parse_intermixed_args(argv[1:]))
+    return run("runner", VERBS, argv)
 
 
 def _overview() -> str:
-    verbs = "\n".join(f"  {name:<10} {verb.help}" for name, verb in VERBS.items())
     return (
         "usage: runner VERB [JOB] [key=value ...]\n\n"
         "Fine-tunes a vision-language model as one YAML file says, and survives its machine.\n\n"
-        f"verbs:\n{verbs}\n\n{SOURCES}\n"
+        f"verbs:\n{listed(VERBS)}\n\n{SOURCES}\n"
         f"runner VERB --help shows examples; runner --version the version.\n\n{CODES}"
     ).rstrip()
 
@@ -184,7 +143,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
     resolved = resolve(*_split(arguments.words), os.environ)
     if arguments.resolved:
-        _say(resolved_yaml(resolved))
+        say(resolved_yaml(resolved))
         return 0
     job = resolved.job
     bits = "4-bit " if (job.quantization or {}).get("load_in_4bit") else "8-bit " if job.quantization else ""
@@ -192,7 +151,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     changed = sum(
         1 for source in resolved.sources.values() if source.startswith(("command line", "environment"))
     )
-    _say(
+    say(
         f"valid: {job.name} ({resolved.file or 'no file'}{f', {changed} overridden' if changed else ''})\n"
         f"  {job.method} of {job.model.name_or_path} ({bits}base, {how}), {job.model.dtype}\n"
         f"  train on {', '.join(f'{one.path} [{one.split}]' for one in job.datasets.train)}"
@@ -222,24 +181,14 @@ def _schema(arguments: argparse.Namespace) -> int:
     del arguments
     from runner.schema import job_schema_text
 
-    _say(job_schema_text())
+    say(job_schema_text())
     return 0
 
 
-def _say(text: str) -> None:
-    try:
-        print(text.rstrip("\n"), flush=True)
-    except BrokenPipeError as error:
-        raise _ReaderLeft from error
-    except OSError as error:
-        raise StorageError(
-            f"write to standard output: {error.strerror}\n    remedy: free the disk"
-        ) from error
+def _checkpoints() -> Mapping[str, Verb]:
+    from runner.checkpoint_verbs import VERBS as INNER
 
-
-def _complain(message: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads; the exit code still tells
-        print(message, file=sys.stderr, flush=True)
+    return INNER
 
 
 def _defect(error: Exception) -> int:
@@ -250,11 +199,11 @@ def _defect(error: Exception) -> int:
         with tempfile.NamedTemporaryFile("w", prefix="runner-defect-", suffix=".log", delete=False) as file:
             file.write(text)
         where = f"traceback: {file.name} (RUNNER_DEBUG=1 prints it)"
-    _complain(f"{type(error).__name__}: this is a defect of vlm-runner, please report it; {where}")
+    complain(f"{type(error).__name__}: this is a defect of vlm-runner, please report it; {where}")
     return RunnerError.exit_code
 
 
-VERBS = {
+VERBS: dict[str, Verb | Group] = {
     "validate": Verb(
         "Check a job: every problem at once, in a fraction of a second, nothing started.",
         "  runner validate jobs/demo-sft.yaml\n"
@@ -277,6 +226,12 @@ VERBS = {
         "  runner evaluate jobs/demo-sft.yaml --adapter runs/demo-sft/adapter evaluation.max_samples=50\n",
         _evaluate_arguments,
         _evaluate,
+    ),
+    "checkpoints": Group(
+        "List, verify, pull and clear what a run has committed.",
+        "  runner checkpoints ls s3://bucket/prefix/my-charts\n"
+        "  runner checkpoints pull runs/my-charts --to my-adapter\n",
+        _checkpoints,
     ),
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",

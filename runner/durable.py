@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,16 @@ def disk(operation: str, path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise disk_error(operation, path, error) from error
+
+
+@contextlib.contextmanager
+def scratch(operation: str) -> Iterator[Path]:
+    """A folder among the temporary files, and gone afterwards."""
+    with (
+        disk(operation, Path(tempfile.gettempdir())),
+        tempfile.TemporaryDirectory(prefix="runner-") as folder,
+    ):
+        yield Path(folder)
 
 
 def disk_error(operation: str, path: Path, error: OSError) -> RunnerError:

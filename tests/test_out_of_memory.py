@@ -172,17 +172,17 @@ sys.exit(launch.train(resolve(job, [], {}), Path(runs), trainer=json.loads(train
 SWELLING = """
 import signal, time
 from runner.supervisor import cgroup
-from tests import fake_rank
+from tests import fake_faults, fake_rank
 
-def swell(rank, how, place):
+def swell(faults, planned, place):
     eaten = []
     while cgroup.pressure() < 0.965:
         eaten.append(b"x" * (1 << 20))
         time.sleep(0.001)
-    (rank.folder / "waiting").touch()
+    (faults._folder / "waiting").touch()
     signal.pause()
 
-fake_rank.Rank.break_down = swell
+fake_faults.Faults._break_down = swell
 fake_rank.main()
 """
 """The trainer of tests/fake_rank.py, whose faults fill the memory to just above NEAR and stay there."""

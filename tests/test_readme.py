@@ -59,9 +59,7 @@ def test_the_commands_were_found() -> None:
 
 
 @pytest.mark.parametrize("command", LIGHT)
-def test_a_command_of_the_readme_runs(
-    command: str, folder: Path, bucket: dict[str, str]
-) -> None:
+def test_a_command_of_the_readme_runs(command: str, folder: Path, bucket: dict[str, str]) -> None:
     """In order, in one folder: what `train` leaves is what `evaluate` reads."""
     done = shell(command, folder, bucket)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -81,6 +81,10 @@ class Collector:
         now = self._clock.now()
         self._waiting += [(entry, now) for entry in entries]
 
+    def look(self) -> None:
+        """See which pins change; one that does not change has ended after its time."""
+        self._pinned()
+
     def collect(self) -> list[str]:
         """Delete what has waited long enough and is not pinned; once, also what killed owners left.
 
@@ -100,14 +104,16 @@ class Collector:
         pinned = self._pinned()
         due = [entry for entry in due if entry not in pinned]
         self._waiting = [(entry, since) for entry, since in self._waiting if entry not in due]
-        kept = {*self._lease.head.retained, *pinned, *(entry for entry, _ in self._waiting)}
-        blobs = self._blobs(self._lease.head.retained, True) | self._blobs(kept, False)
+        needed = self._lease.head.needed
+        kept = {*needed, *pinned, *(entry for entry, _ in self._waiting)}
+        blobs = self._blobs(needed, True) | self._blobs(kept, False)
         if sweep:
             self._sweep_at = None
             manifests = self._delete(self._store.keys(MANIFESTS), {entry.key for entry in kept})
-            return [*manifests, *self._delete(self._store.keys(BLOBS), blobs)]
+            return [*manifests, *self._delete(self._store.keys(BLOBS), blobs), *self._ended_pins()]
         of_due = sorted(self._blobs(due, False))
-        return [*self._delete([entry.key for entry in due], ()), *self._delete(of_due, blobs)]
+        manifests = self._delete([entry.key for entry in due], ())
+        return [*manifests, *self._delete(of_due, blobs), *self._ended_pins()]
 
     def _delete(self, keys: Iterable[str], named: Collection[str]) -> list[str]:
         deleted = garbage(keys, named, self._lease.head.epoch)
@@ -116,6 +122,14 @@ class Collector:
             self._manifests.forget(key)
             self._store.delete(key)
         return deleted
+
+    def _ended_pins(self) -> list[str]:
+        """Delete pins whose time has passed; a reader that lives makes another."""
+        now = self._clock.now()
+        ended = [key for key, one in self._pins.items() if now - one.since >= one.pin.ttl_s]
+        for key in ended:
+            self._store.delete(key)
+        return ended
 
     def _blobs(self, entries: Iterable[Entry], must: bool) -> set[str]:
         """What these checkpoints need. One that cannot be read needs nothing, unless it `must` be known."""

@@ -3,7 +3,7 @@
     HEAD                                     who owns the run, and which checkpoints count; swapped
     checkpoints/<step>-<epoch>-<id>.json     a checkpoint: names to blobs; written once, after all its blobs
     blobs/<epoch>/<sha256>                   the content of a file; written once
-    pins/<reader>.json                       keeps a checkpoint from collection while it is read
+    pins/<reader>-<n>.json                   keeps a checkpoint from collection while it is read
     events/<epoch>-<n>.jsonl                 what happened, in parts; written once
     run.json                                 what makes the run this run; written once, not ours
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
@@ -31,6 +32,9 @@ BLOBS = "blobs/"
 PINS = "pins/"
 EVENTS = "events/"
 IDENTITY = "run.json"
+
+FINAL = "final"
+"""Id of what a run ends with, which no checkpoint has."""
 
 TTL = 60.0
 """Seconds after which an owner that does not renew may be replaced."""
@@ -77,7 +81,8 @@ class Head(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    state: Literal["held", "released", "done"]
+    state: Literal["held", "released", "done", "removing"]
+    """`removing`: held by whoever deletes the run; half of it may be gone, and nobody else goes on."""
     epoch: int = Field(ge=1)
     owner: Owner
     seq: int = Field(ge=1)
@@ -99,6 +104,11 @@ class Head(BaseModel):
     """What the run has cost so far: attempts, seconds, restarts, metrics (`runner.supervisor.result`)."""
     events: str | None = None
     """Key of the newest part of the run's events."""
+
+    @property
+    def needed(self) -> tuple[Entry, ...]:
+        """What stays: the retained checkpoints, newest first, and the end."""
+        return self.retained if self.final is None else (*self.retained, self.final)
 
     @property
     def newest(self) -> Entry | None:
@@ -161,6 +171,16 @@ def epoch_of(key: str) -> int:
     if key.startswith(BLOBS):
         return int(key.removeprefix(BLOBS).partition("/")[0])
     return int(key.removeprefix(MANIFESTS).split("-")[1])
+
+
+def is_manifest(key: str) -> bool:
+    """Whether a key is one that `manifest_key` makes."""
+    return re.fullmatch(rf"{MANIFESTS}\d+-\d+-[^/]+\.json", key) is not None
+
+
+def step_of(key: str) -> int:
+    """The step in the key of a manifest."""
+    return int(key.removeprefix(MANIFESTS).split("-")[0])
 
 
 def successor(head: Head, **changes: Any) -> Head:

@@ -1,6 +1,7 @@
 """The ownership of a run: `HEAD` is taken, renewed, changed and given back by swaps, and by nothing else.
 
     take      wait until nobody else owns the run, and begin a new epoch
+    found     HEAD as anybody may read it
     write     swap HEAD for its successor: a renewal, a commit, a release
 
 No wall clock decides anything. An owner is dead when `HEAD` has not changed for its ttl on the waiter's own
@@ -16,7 +17,17 @@ from collections.abc import Callable, Collection
 from enum import Enum, auto
 from typing import Any, Literal
 
-from runner.checkpoint.head import HEAD, MANIFESTS, TTL, Head, Owner, decode, encode, successor
+from runner.checkpoint.head import (
+    HEAD,
+    MANIFESTS,
+    TTL,
+    Head,
+    Owner,
+    decode,
+    encode,
+    is_manifest,
+    successor,
+)
 from runner.checkpoint.store import Clock, Object, Patience, Store, Transient
 from runner.errors import DataError, NotOwner, Preempted, RunnerError, StorageError
 
@@ -33,6 +44,8 @@ class Claim(Enum):
     LEAVE = auto()
     """The owner lives."""
     DONE = auto()
+    GONE = auto()
+    """Somebody deletes the run."""
 
 
 class Fate(Enum):
@@ -45,12 +58,15 @@ class Fate(Enum):
     FENCED = auto()
 
 
-def claim(head: Head | None, renewed: bool, unchanged_for: float, lock: str | None) -> Claim:
+def claim(
+    head: Head | None, renewed: bool, unchanged_for: float, lock: str | None, also: Collection[str] = ()
+) -> Claim:
     """What to do about a run.
 
     HEAD       its owner's lock   changed while we waited   unchanged for   claim
     none       -                  -                         -               CREATE
-    done       -                  -                         -               DONE
+    done       -                  -                         -               DONE; TAKE if it may be
+    removing   -                  -                         -               GONE; as held if it may be taken
     released   -                  -                         -               TAKE
     held       we hold it         -                         -               TAKE: its owner is dead
     held       another            yes                       -               LEAVE
@@ -59,11 +75,14 @@ def claim(head: Head | None, renewed: bool, unchanged_for: float, lock: str | No
 
     Args:
         lock: the lock file that this process holds, as in `Owner.lock`.
+        also: states, of done and removing, in which it may be taken.
     """
     if head is None:
         return Claim.CREATE
     if head.state == "done":
-        return Claim.DONE
+        return Claim.TAKE if "done" in also else Claim.DONE
+    if head.state == "removing" and "removing" not in also:
+        return Claim.GONE
     if head.state == "released" or (lock is not None and head.owner.lock == lock):
         return Claim.TAKE
     if renewed:
@@ -88,13 +107,45 @@ def fate(found: Head, same: bool, sent: Collection[str]) -> Fate:
     return Fate.NOTHING if same else Fate.FENCED
 
 
+def found(store: Store) -> tuple[Head, str] | None:
+    """`HEAD` and its etag. None when there is nothing of a run.
+
+    Raises:
+        DataError: it is damaged, or there are checkpoints without it; the message names the remedy.
+        JobError: of a newer format.
+    """
+    held = store.read(HEAD)
+    if held is None:
+        _refuse_headless(store)
+        return None
+    return _decoded(store, held), held.etag
+
+
+def _refuse_headless(store: Store) -> None:
+    for key in filter(is_manifest, store.keys(MANIFESTS)):
+        raise DataError(
+            f"{store.place}: {HEAD} is missing, but there are checkpoints; remedy: "
+            f"runner checkpoints adopt {store.place}/{key} makes one of them the head"
+        )
+
+
+def _decoded(store: Store, held: Object) -> Head:
+    try:
+        return decode(Head, held.data, f"{store.place}/{HEAD}")
+    except DataError as error:
+        raise DataError(
+            f"{error}; remedy: put it back from a copy, or runner checkpoints adopt with the newest "
+            f"manifest under {store.place}/{MANIFESTS}"
+        ) from error
+
+
 class Lease:
     """One process's hold on a run.
 
     Args:
         patience: how long a silent store is waited for.
         ttl: seconds that this owner promises to renew within.
-        also: fields of `HEAD` that go along with every swap of an owner, as they are at that moment.
+        along: fields of `HEAD` that go with every swap of an owner, as they are at that moment.
     """
 
     def __init__(
@@ -104,14 +155,14 @@ class Lease:
         clock: Clock,
         patience: Patience,
         ttl: float = TTL,
-        also: Callable[[], dict[str, Any]] = dict,
+        along: Callable[[], dict[str, Any]] = dict,
     ) -> None:
         self._store = store
         self._owner = owner
         self._clock = clock
         self._patience = patience
         self._ttl = ttl
-        self._also = also
+        self._along = along
         self._lock = threading.Lock()
         """One swap at a time: renewals and commits come from different threads."""
         self._head: Head | None = None
@@ -128,8 +179,12 @@ class Lease:
             raise DataError("the run has not been taken")
         return self._head
 
-    def take(self) -> bool:
+    def take(self, also: Collection[str] = ()) -> bool:
         """Become the owner. False when the run is done already, and `head` says with what.
+
+        Args:
+            also: states in which the run may be taken, though nobody trains it any more: done, removing. It
+                stays in that state, so that a kill leaves it there; and such a taker begins no run.
 
         Raises:
             NotOwner: another process works on the run.
@@ -140,12 +195,14 @@ class Lease:
         etag, since = None, self._clock.now()
         while True:
             found = self._store.read(HEAD)
-            head = None if found is None else self._decoded(found)
+            head = None if found is None else _decoded(self._store, found)
             if found is not None and found.etag != etag:
                 etag, since = found.etag, self._clock.now()
                 first = first or etag
             unchanged = self._clock.now() - since
-            match claim(head, etag != first, unchanged, self._owner.lock):
+            if head is None and also:
+                raise DataError(f"{self._store.place}: the run has been removed")
+            match claim(head, etag != first, unchanged, self._owner.lock, also):
                 case Claim.DONE:
                     self._head = head
                     return False
@@ -155,6 +212,12 @@ class Lease:
                 case Claim.LEAVE:
                     assert head is not None
                     raise self._foreign(head)
+                case Claim.GONE:
+                    place = self._store.place
+                    raise DataError(
+                        f"{place}: the run is being removed; remedy: runner checkpoints rm {place} "
+                        "finishes that; or begin a new run under another name"
+                    )
                 case Claim.WAIT:
                     self._clock.sleep(POLL)
 
@@ -170,7 +233,7 @@ class Lease:
         """
         with self._lock:
             while True:
-                new = successor(self.head, **{**self._also(), **change(self.head)})
+                new = successor(self.head, **{**self._along(), **change(self.head)})
                 if self._swap(new, self._etag):
                     return new
 
@@ -185,16 +248,13 @@ class Lease:
     def _begin(self, old: Head | None, etag: str | None) -> bool:
         """Try to swap in the next epoch."""
         if old is None:
-            for key in self._store.keys(MANIFESTS):
-                raise DataError(
-                    f"{self._store.place}: {HEAD} is missing, but there are checkpoints; remedy: "
-                    f"runner checkpoints adopt {self._store.place}/{key} makes one of them the head"
-                )
+            _refuse_headless(self._store)
             new = Head(
                 state="held", epoch=1, owner=self._owner, seq=1, nonce=uuid.uuid4().hex, ttl_s=self._ttl
             )
         else:
-            new = successor(old, state="held", epoch=old.epoch + 1, owner=self._owner, ttl_s=self._ttl)
+            state = "held" if old.state == "released" else old.state
+            new = successor(old, state=state, epoch=old.epoch + 1, owner=self._owner, ttl_s=self._ttl)
         self._head, self._sent = new, {}
         self.predecessor = old
         try:
@@ -209,7 +269,7 @@ class Lease:
         """
         self._sent[new.nonce] = new
         found = self._patience.run(lambda: self._tried(new, etag))
-        self._head = self._sent[self._decoded(found).nonce]
+        self._head = self._sent[_decoded(self._store, found).nonce]
         self._etag, self._sent = found.etag, {}
         return self._head == new
 
@@ -236,7 +296,7 @@ class Lease:
                 f"{self._store.place}: {HEAD} has vanished; remedy: find out who deletes there, then runner "
                 "checkpoints adopt"
             )
-        head = self._decoded(found)
+        head = _decoded(self._store, found)
         match fate(head, found.etag == etag, self._sent):
             case Fate.NOTHING:
                 raise Transient(final)
@@ -244,15 +304,6 @@ class Lease:
                 raise self._foreign(head)
             case Fate.WON:
                 return found
-
-    def _decoded(self, found: Object) -> Head:
-        try:
-            return decode(Head, found.data, f"{self._store.place}/{HEAD}")
-        except DataError as error:
-            raise DataError(
-                f"{error}; remedy: put it back from a copy, or runner checkpoints adopt with the newest "
-                f"manifest under {self._store.place}/{MANIFESTS}"
-            ) from error
 
     def _foreign(self, head: Head) -> RunnerError:
         owner = head.owner

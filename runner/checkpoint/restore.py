@@ -76,21 +76,29 @@ def download(store: Store, manifest: Manifest, folder: Path) -> Sealed:
             shutil.rmtree(target)
         if partial.is_dir():
             shutil.rmtree(partial)
-        for name in manifest.files:
-            (partial / name).parent.mkdir(parents=True, exist_ok=True)
-        with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-            jobs = [
-                pool.submit(_fetch, store, manifest.id, blob, partial / name)
-                for name, blob in sorted(manifest.files.items())
-            ]
-            try:
-                for job in jobs:
-                    job.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
-        sync_folders(partial)
+        fetch_files(store, manifest.id, manifest.files, partial)
         move(partial, target)
     return verify(target)
+
+
+def fetch_files(store: Store, id: str, files: Mapping[str, Blob], folder: Path) -> None:
+    """Fetch and verify some files of a checkpoint, by path inside a new folder, and make them last.
+
+    Raises:
+        DataError: an object is missing or not what was committed.
+    """
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        jobs = [
+            pool.submit(fetch_file, store, id, blob, folder / name) for name, blob in sorted(files.items())
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    sync_folders(folder)
 
 
 def _kept(target: Path, manifest: Manifest) -> Sealed | None:
@@ -102,7 +110,16 @@ def _kept(target: Path, manifest: Manifest) -> Sealed | None:
     return sealed if sealed.manifest_sha256 == manifest.files[MANIFEST].sha256 else None
 
 
-def _fetch(store: Store, name: str, blob: Blob, path: Path) -> None:
+def fetch_file(store: Store, name: str, blob: Blob, path: Path) -> None:
+    """Fetch one file, verify it, and fetch it once more if it is damaged.
+
+    Args:
+        name: of its checkpoint, for messages.
+
+    Raises:
+        Missing: it is not there.
+        DataError: it is not what was committed.
+    """
     reason = ""
     for _ in range(TRIES):
         try:

@@ -95,7 +95,7 @@ class Custody:
             job=next((os.environ[name] for name in JOB_IDS if os.environ.get(name)), None),
             lock=lock,
         )
-        lease = Lease(store, owner, self._clock, patience, TTL, self._also)
+        lease = Lease(store, owner, self._clock, patience, TTL, self._along)
         manifests = Manifests(store)
         committer = Committer(store, lease, manifests, settings.keep_last)
         # In the run's own folder nobody reads who could not pin.
@@ -388,7 +388,7 @@ class Custody:
             return str(error)
         return None
 
-    def _also(self) -> dict[str, Any]:
+    def _along(self) -> dict[str, Any]:
         """What goes along with every swap of `HEAD`."""
         return {
             "record": self._journal.snapshot(),

@@ -12,17 +12,17 @@ import shutil
 from pathlib import Path
 
 from runner.checkpoint.files import seal
+from runner.checkpoint.head import FINAL
 from runner.durable import disk
 from runner.supervisor.run_folder import RunFolder
 
-ID = "final"
 FOLDERS = ("adapter", "model", "evaluation")
 FILES = ("steps.jsonl", "result.json", "job.yaml")
 
 
 def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
     """A sealed folder of links to everything that the run ends with. Nothing of it changes afterwards."""
-    target = folder.path / ID
+    target = folder.path / FINAL
     with disk("gather what the run ends with", target):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
@@ -32,7 +32,7 @@ def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
                 place = target / source.relative_to(folder.path)
                 place.parent.mkdir(exist_ok=True)
                 os.link(source, place)
-        seal(target, id=ID, step=step, parent=parent, extra={})
+        seal(target, id=FINAL, step=step, parent=parent, extra={})
     return target
 
 
