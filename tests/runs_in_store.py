@@ -74,7 +74,7 @@ class Run:
             key = blob_key(epoch, digest, 0)
             assert self.store.create(key, content)
             blobs[name] = Blob(key=key, size=len(content), sha256=digest)
-        id = f"final-{epoch:04d}"
+        id = "final"
         manifest = Manifest(id=id, step=step, epoch=epoch, parent=self.parent, files=blobs)
         key = manifest_key(step, epoch, id)
         assert self.store.create(key, encode(manifest))

@@ -385,7 +385,7 @@ def test_pull_gives_the_adapter_of_a_done_run(world: World) -> None:
     assert files == {"adapter_config.json": b'{"r": 8}', "adapter_model.safetensors": b"weights"}
     assert list(world.store().keys(PINS)) == []
     assert [path.name for path in world.path.iterdir() if path.name.startswith(".")] == []
-    assert world.cli("pull", world.uri, "--id", "final-0001", "--checkpoint", "--to", str(to / "all")) == 0
+    assert world.cli("pull", world.uri, "--id", "final", "--checkpoint", "--to", str(to / "all")) == 0
     found = {path.relative_to(to / "all").as_posix() for path in (to / "all").rglob("*") if path.is_file()}
     assert found == set(END)
 
@@ -394,7 +394,7 @@ def test_pull_gives_a_model_after_full_fine_tuning(folder: World) -> None:
     run = folder.run()
     run.finish(2, {"model/model.safetensors": b"weights", "result.json": b"{}"})
     assert folder.cli("pull", folder.uri, "--to", f"{folder.path}/model") == 0
-    assert folder.out.startswith("model of checkpoint final-0001")
+    assert folder.out.startswith("model of checkpoint final")
     assert [path.name for path in (folder.path / "model").iterdir()] == ["model.safetensors"]
 
 
