@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.files import MANIFEST, Sealed, file_sha256, move, sync_folders, verify
+from runner.checkpoint.files import MANIFEST, FileRecord, Sealed, move, read, sync_folders, verify
 from runner.checkpoint.head import Blob, Manifest, without_bad
 from runner.checkpoint.lease import Lease
 from runner.checkpoint.manifests import TRIES, Manifests
@@ -90,7 +90,21 @@ def download(store: Store, manifest: Manifest, folder: Path) -> Sealed:
                 pool.shutdown(cancel_futures=True)
         sync_folders(partial)
         move(partial, target)
-    return verify(target)
+    return _listed(target, manifest)
+
+
+def _listed(target: Path, manifest: Manifest) -> Sealed:
+    """A folder whose files have been verified against the manifest of the store, by its own manifest.
+
+    Raises:
+        DataError: the two name other files.
+    """
+    sealed = read(target)
+    told = {name: FileRecord(size=blob.size, sha256=blob.sha256) for name, blob in manifest.files.items()}
+    del told[MANIFEST]
+    if sealed.files != told:
+        raise DataError(f"checkpoint {manifest.id}: its {MANIFEST} does not name the files that were committed")
+    return sealed
 
 
 def _kept(target: Path, manifest: Manifest) -> Sealed | None:
@@ -106,13 +120,12 @@ def _fetch(store: Store, name: str, blob: Blob, path: Path) -> None:
     reason = ""
     for _ in range(TRIES):
         try:
-            store.fetch(blob.key, path, blob.size)
+            digest = store.fetch(blob.key, path, blob.size)
         except Missing:
             raise
         except DataError as error:
             reason = str(error)
             continue
-        digest = file_sha256(path)
         if digest == blob.sha256:
             return
         reason = f"{store.place}/{blob.key} has SHA-256 {digest}, not {blob.sha256}"

@@ -85,8 +85,8 @@ class Store(Protocol):
         """The newest content of a key, None if there is none."""
         ...
 
-    def fetch(self, key: str, path: Path, size: int) -> None:
-        """Write an object into a file. What it holds is the caller's to verify.
+    def fetch(self, key: str, path: Path, size: int) -> str:
+        """Write an object into a file. Returns the file's SHA-256, hexadecimal, which is the caller's to judge.
 
         Raises:
             Missing: no such key.
