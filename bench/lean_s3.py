@@ -3,10 +3,11 @@
     python bench/lean_s3.py [--port N] [--delay SECONDS]      serves until it is killed
     python bench/lean_s3.py --measure                         what it moves itself, against plain sockets
 
-It knows PUT, GET (ranges), HEAD, DELETE, ListObjectsV2, uploads in parts and conditional writes, by path-style
-addresses, under any signature. Bodies go from the socket into memory by one copy, and back by `sendfile`. A
-checksum is handed back as it was sent; nobody compares it. Bodies in `aws-chunked` are refused: no client sends
-them over plain HTTP. A DELETE of a bucket empties it. Whoever reads what is being deleted reads garbage.
+It knows PUT, GET (ranges), HEAD, DELETE, ListObjectsV2, uploads in parts and conditional writes, by
+path-style addresses, under any signature. Bodies go from the socket into memory by one copy, and back by
+`sendfile`. A checksum is handed back as it was sent; nobody compares it. Bodies in `aws-chunked` are refused:
+no client sends them over plain HTTP. A DELETE of a bucket empties it. Whoever reads what is being deleted
+reads garbage.
 """
 
 from __future__ import annotations
@@ -190,15 +191,13 @@ class Server:
                 _send(client, 200, [], _xml("InitiateMultipartUploadResult", request, ("UploadId", name)))
             case "POST", True:
                 body = self._complete(objects, request)
-                _send(
-                    client, 200, [], _xml("CompleteMultipartUploadResult", request, ("ETag", body.etag))
-                )
+                _send(client, 200, [], _xml("CompleteMultipartUploadResult", request, ("ETag", body.etag)))
             case "POST", False:  # DeleteObjects
                 named = ElementTree.fromstring(self._bytes(request.body)).iter()
                 for key in [one.text for one in named if one.tag.endswith("Key")]:
                     self._delete(objects, str(key))
                 _send(client, 200, [], "<DeleteResult></DeleteResult>")
-            case ("GET" | "HEAD"), True:
+            case (("GET" | "HEAD"), True):
                 self._get(client, objects, request)
             case "GET", False:
                 _send(client, 200, [], self._list(objects, request))

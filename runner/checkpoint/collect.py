@@ -26,7 +26,7 @@ GRACE = 3600.0
 def garbage(keys: Iterable[str], named: Collection[str], epoch: int) -> list[str]:
     """Which objects may be deleted.
 
-    named by a retained checkpoint   epoch       deleted
+    named by what is retained        epoch       deleted
     yes                              any         no
     no                               above own   no: their owner has taken this run over
     no                               others      yes
@@ -75,6 +75,8 @@ class Collector:
         self._sweep_at: float | None = clock.now() + grace
         """When everything that nobody names is old enough; None when that has been done."""
         self._pins: dict[str, _Pinned] = {}
+        self._bad: tuple[str, ...] | None = None
+        """What was bad at the last look."""
 
     def dropped(self, entries: Iterable[Entry]) -> None:
         """Take note of what a confirmed swap does not retain any more."""
@@ -91,7 +93,10 @@ class Collector:
             NotOwner, Preempted: another process owns the run; nothing was deleted.
             DataError: a retained manifest cannot be read, so nobody knows what it needs.
         """
-        now = self._clock.now()
+        now, bad = self._clock.now(), self._lease.head.bad
+        if self._bad not in (None, bad):
+            self._sweep_at = now + self._grace  # a restore took it out of what is retained, and told nobody
+        self._bad = bad
         due = [entry for entry, since in self._waiting if now - since >= self._grace]
         sweep = self._sweep_at is not None and now >= self._sweep_at
         if not due and not sweep:
@@ -100,14 +105,16 @@ class Collector:
         pinned = self._pinned()
         due = [entry for entry in due if entry not in pinned]
         self._waiting = [(entry, since) for entry, since in self._waiting if entry not in due]
-        kept = {*self._lease.head.retained, *pinned, *(entry for entry, _ in self._waiting)}
-        blobs = self._blobs(self._lease.head.retained, True) | self._blobs(kept, False)
+        head = self._lease.head
+        named = {*head.retained, *(() if head.final is None else (head.final,))}
+        kept = {*named, *pinned, *(entry for entry, _ in self._waiting)}
+        manifests, blobs = {entry.key for entry in kept}, self._blobs(named, True) | self._blobs(kept, False)
         if sweep:
             self._sweep_at = None
-            manifests = self._delete(self._store.keys(MANIFESTS), {entry.key for entry in kept})
-            return [*manifests, *self._delete(self._store.keys(BLOBS), blobs)]
+            deleted = self._delete(self._store.keys(MANIFESTS), manifests)
+            return [*deleted, *self._delete(self._store.keys(BLOBS), blobs)]
         of_due = sorted(self._blobs(due, False))
-        return [*self._delete([entry.key for entry in due], ()), *self._delete(of_due, blobs)]
+        return [*self._delete([entry.key for entry in due], manifests), *self._delete(of_due, blobs)]
 
     def _delete(self, keys: Iterable[str], named: Collection[str]) -> list[str]:
         deleted = garbage(keys, named, self._lease.head.epoch)

@@ -1,8 +1,8 @@
 """Where checkpoints lie, from an address to a store.
 
-    s3://bucket/prefix         `runner.checkpoint.s3`
-    file:///folder  /folder    `runner.checkpoint.folder`; ./folder and ~/folder count from here and home
-    anything else              refused: there is no seam to it
+s3://bucket/prefix         `runner.checkpoint.s3`
+file:///folder  /folder    `runner.checkpoint.folder`; ./folder and ~/folder count from here and home
+anything else              refused: there is no seam to it
 """
 
 from __future__ import annotations

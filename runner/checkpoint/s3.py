@@ -133,7 +133,6 @@ class S3Store:
                             digest.update(buffer[:count])
                 finally:
                     finish(jobs)
-                os.fsync(handle)
             finally:
                 os.close(handle)
         return digest.hexdigest()
@@ -326,7 +325,7 @@ def _client() -> Any:
         max_pool_connections=2 * THREADS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
-        # Every body has a checksum among the signed headers; a signature over the body would hash it once more.
+        # Every body has a checksum among the signed headers; signing the body would hash it once more.
         s3={"payload_signing_enabled": False, **({"addressing_style": "path"} if own else {})},
     )
     # A session of its own: boto3's default one is not made for threads, and keeps old credentials.

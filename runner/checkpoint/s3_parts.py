@@ -2,9 +2,9 @@
 
     CreateMultipartUpload -> UploadPart, several at once -> CompleteMultipartUpload, if nobody has the key
 
-The object's checksum is the CRC-32 of the whole file (`FULL_OBJECT`), put together from those of its parts: a
-SHA-256 over parts is one of their hashes only. An upload that fails is aborted, so that its parts are not paid
-for.
+The object's checksum is the CRC-32 of the whole file (`FULL_OBJECT`), put together from those of its parts;
+a SHA-256 over parts is one of their hashes only. An upload that fails is aborted, so that its parts are not
+paid for.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _CRC32 = 0xEDB88320
 class Slice(io.RawIOBase):
     """A part of a file as a file, for a body that is read as it is sent.
 
-    `read` hands out its own buffer, to be used before the next call, and as much as that holds: urllib3 asks for
-    16 KiB at a time, which makes as many calls, and there is no public way to say more.
+    `read` hands out its own buffer, to be used before the next call, as much as that holds: urllib3 asks for
+    16 KiB at a time, and there is no public way to make it ask for more.
     """
 
     def __init__(self, path: Path, start: int, size: int) -> None:

@@ -86,7 +86,9 @@ class Store(Protocol):
         ...
 
     def fetch(self, key: str, path: Path, size: int) -> str:
-        """Write an object into a file. Returns the file's SHA-256, hexadecimal, which is the caller's to judge.
+        """Write an object into a file. Returns the file's SHA-256, hexadecimal, for the caller to judge.
+
+        The file need not be synced: a copy is verified before it is used another time.
 
         Raises:
             Missing: no such key.
