@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where checkpoints lie; default: the system's own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        total, runs = (256 * MIB, 1) if options.quick else (2048 * MIB, 5)
+        total, runs = (256 * MIB, 1) if options.quick else (2048 * MIB, 3)
         for files in (1, 4):
             transfers(Path(name), files, total, runs)
         bytes_sent(Path(name))

@@ -251,6 +251,8 @@ class World:
                 self.turn_bad()
             elif chance < 0.02 and self.zombies:
                 self.wake()
+            elif chance < 0.023:
+                self.nod_off()
             self.step += 1
             self.owner.commit(saved(self.folder, self.step, self.owner.lease.head.epoch))
             if self.step % collect_every == 0:
@@ -297,6 +299,27 @@ class World:
         with pytest.raises(NotOwner):
             zombie.commit(saved(self.folder, self.step + 1, own))
         self.happened("wake")
+
+    def nod_off(self) -> None:
+        """The owner falls asleep in a collection, and wakes up in it when another has gone on."""
+        sleeper = self.owner
+        sleeper.collector.collect()
+        self.clock.time += GRACE
+        sleeper.collector._sweep_at = self.clock.time
+
+        def sleep(verb: str, key: str) -> None:
+            if verb != "list" or key != MANIFESTS:
+                return
+            sleeper.store.before = self.guard
+            self.owner = self.next_owner()
+            for _ in range(KEEP):
+                self.step += 1
+                self.owner.commit(saved(self.folder, self.step, self.owner.lease.head.epoch))
+
+        sleeper.store.before = sleep
+        sleeper.collector.collect()
+        assert self.owner is not sleeper
+        self.happened("nod off")
 
     def turn_bad(self) -> None:
         """What `restore` does about a checkpoint that does not verify."""
@@ -398,7 +421,9 @@ def test_ten_thousand_checkpoints_leave_what_head_names(tmp_path: Path, serial: 
     world = World(MemoryStore(), tmp_path / "saved", seed=1)
     world.live(10_000, collect_every=5)
     world.owner.lease.write(lambda head: {"final": final(world)})
-    assert min(world.seen[what] for what in ("take-over", "kill", "sleep", "wake", "bad")) > 20, world.seen
+    assert min(world.seen[what] for what in ("take-over", "kill", "sleep", "wake", "bad", "nod off")) > 10, (
+        world.seen
+    )
     assert world.seen["pin"] > 200
     assert world.deleted > 20_000
     left, named = world.left()
@@ -406,7 +431,7 @@ def test_ten_thousand_checkpoints_leave_what_head_names(tmp_path: Path, serial: 
     newest = world.owner.manifests.get(world.head().retained[0])
     found = world.raw.read(newest.files["state"].key)
     assert found is not None
-    assert found.data.startswith(b"state 00010000")
+    assert found.data.startswith(f"state {world.step:08d}".encode())
 
 
 def test_three_hundred_in_a_bucket_leave_what_head_names(

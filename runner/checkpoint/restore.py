@@ -101,7 +101,7 @@ def _listed(target: Path, manifest: Manifest) -> Sealed:
     """
     sealed = read(target)
     told = {name: FileRecord(size=blob.size, sha256=blob.sha256) for name, blob in manifest.files.items()}
-    del told[MANIFEST]
+    told.pop(MANIFEST, None)
     if sealed.files != told:
         raise DataError(f"checkpoint {manifest.id}: its {MANIFEST} names other files than were committed")
     return sealed
