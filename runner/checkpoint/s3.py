@@ -39,8 +39,8 @@ PART = 16 << 20
 THREADS = 8
 
 _PIECE = 120 << 10
-"""Bytes that one thread has of an answer. From 128 KiB on malloc maps memory for each piece and gives it back,
-which several threads pay for more dearly than for the copy."""
+"""Bytes that one thread has of an answer. From 128 KiB on malloc maps memory for each piece and gives it
+back, which several threads pay for more dearly than for the copy."""
 
 
 @dataclass(frozen=True)
