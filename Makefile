@@ -46,6 +46,7 @@ bench: .venv/.installed ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/sft_step.py
 	@$(BIN)/python bench/memory.py
 	@$(BIN)/python bench/slow_store.py
+	@$(BIN)/python bench/checkpoints.py
 
 schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
 	@$(BIN)/python -m runner.schema.generate

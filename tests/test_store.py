@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import threading
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from runner.checkpoint.folder import KEPT, FolderStore
 from runner.checkpoint.memory import MemoryStore
 from runner.checkpoint.s3 import S3Store, Settings
 from runner.checkpoint.s3_errors import Meaning, meaning
-from runner.checkpoint.s3_parts import cut
+from runner.checkpoint.s3_parts import Slice, cut, joined
 from runner.checkpoint.store import Missing, Patience, Store, Transient, probe
 from runner.errors import AccessDenied, DataError, JobError, StorageError
 from tests.fault_proxy import FaultProxy
@@ -428,3 +429,24 @@ def test_no_more_parts_than_s3_takes() -> None:
     parts = cut(10_001 * 4 + 3, 4)
     assert len(parts) <= 10_000
     assert sum(length for _, length in parts) == 10_001 * 4 + 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 1 << 20, PART + 3])
+def test_crc_of_a_file_is_that_of_its_parts(tmp_path: Path, size: int) -> None:
+    path, data = tmp_path / "file", os.urandom(1000 + size)
+    path.write_bytes(data)
+    with Slice(path, 0, 1000) as first, Slice(path, 1000, size) as second:
+        assert joined(first.crc32(), second.crc32(), size) == zlib.crc32(data)
+        assert joined(0, second.crc32(), size) == zlib.crc32(data[1000:])
+
+
+def test_slice_is_read_to_its_end_and_once_more(tmp_path: Path) -> None:
+    path, data = tmp_path / "file", os.urandom(2 << 20)
+    path.write_bytes(data)
+    with Slice(path, 1000, 1 << 20) as body:
+        for _ in range(2):
+            body.seek(0)
+            assert (
+                b"".join(bytes(piece) for piece in iter(lambda: body.read(16), b"")) == data[1000:][: 1 << 20]
+            )
+        assert (len(body), body.tell()) == (1 << 20, 1 << 20)

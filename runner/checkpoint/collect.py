@@ -26,7 +26,7 @@ GRACE = 3600.0
 def garbage(keys: Iterable[str], named: Collection[str], epoch: int) -> list[str]:
     """Which objects may be deleted.
 
-    named by a retained checkpoint   epoch       deleted
+    named by what is retained        epoch       deleted
     yes                              any         no
     no                               above own   no: their owner has taken this run over
     no                               others      yes
@@ -75,6 +75,8 @@ class Collector:
         self._sweep_at: float | None = clock.now() + grace
         """When everything that nobody names is old enough; None when that has been done."""
         self._pins: dict[str, _Pinned] = {}
+        self._bad: tuple[str, ...] | None = None
+        """What was bad at the last look."""
 
     def dropped(self, entries: Iterable[Entry]) -> None:
         """Take note of what a confirmed swap does not retain any more."""
@@ -95,7 +97,10 @@ class Collector:
             NotOwner, Preempted: another process owns the run; nothing was deleted.
             DataError: a retained manifest cannot be read, so nobody knows what it needs.
         """
-        now = self._clock.now()
+        now, bad = self._clock.now(), self._lease.head.bad
+        if self._bad not in (None, bad):
+            self._sweep_at = now + self._grace  # a restore took it out of what is retained, and told nobody
+        self._bad = bad
         due = [entry for entry, since in self._waiting if now - since >= self._grace]
         sweep = self._sweep_at is not None and now >= self._sweep_at
         if not due and not sweep:
@@ -106,14 +111,14 @@ class Collector:
         self._waiting = [(entry, since) for entry, since in self._waiting if entry not in due]
         needed = self._lease.head.needed
         kept = {*needed, *pinned, *(entry for entry, _ in self._waiting)}
-        blobs = self._blobs(needed, True) | self._blobs(kept, False)
+        manifests, blobs = {entry.key for entry in kept}, self._blobs(needed, True) | self._blobs(kept, False)
         if sweep:
             self._sweep_at = None
-            manifests = self._delete(self._store.keys(MANIFESTS), {entry.key for entry in kept})
-            return [*manifests, *self._delete(self._store.keys(BLOBS), blobs), *self._ended_pins()]
+            deleted = self._delete(self._store.keys(MANIFESTS), manifests)
+            return [*deleted, *self._delete(self._store.keys(BLOBS), blobs), *self._ended_pins()]
         of_due = sorted(self._blobs(due, False))
-        manifests = self._delete([entry.key for entry in due], ())
-        return [*manifests, *self._delete(of_due, blobs), *self._ended_pins()]
+        deleted = self._delete([entry.key for entry in due], manifests)
+        return [*deleted, *self._delete(of_due, blobs), *self._ended_pins()]
 
     def _delete(self, keys: Iterable[str], named: Collection[str]) -> list[str]:
         deleted = garbage(keys, named, self._lease.head.epoch)

@@ -41,6 +41,8 @@ class Committer:
         """Keys of the contents that this process wrote or verified, by SHA-256."""
         self._spent: set[str] = set()
         """Keys that were deleted; a DELETE may arrive late, so they are never written again."""
+        self._bad: tuple[str, ...] | None = None
+        """What was bad at the last commit."""
 
     def trust(self, manifest: Manifest) -> None:
         """Rely on the blobs of a checkpoint that has just been verified."""
@@ -83,6 +85,12 @@ class Committer:
 
     def _written(self, sealed: Sealed) -> Entry:
         """Send a folder and write its manifest; nobody counts it yet."""
+        bad = self._lease.head.bad
+        if self._bad not in (None, bad):
+            # A checkpoint of this very process has rotted in the store, and it may share files with others.
+            self._spent.update(self._known.values())
+            self._known.clear()
+        self._bad = bad
         local = sealed.folder / MANIFEST
         with disk(f"send checkpoint {sealed.id}", sealed.folder):
             records = {

@@ -85,7 +85,7 @@ class FolderStore:
                 return None
             return Object(data, _etag(0, data))
 
-    def fetch(self, key: str, path: Path, size: int) -> None:
+    def fetch(self, key: str, path: Path, size: int) -> str:
         source = self._root / key
         with disk(f"read {key} in the store", self._root):
             try:
@@ -102,6 +102,7 @@ class FolderStore:
                     raise DataError(f"{source}: cannot be read: {error.strerror}") from error
                 raise
             sync(path)
+            return file_sha256(path)
 
     def keys(self, prefix: str) -> Iterator[str]:
         with disk(f"list {prefix} in the store", self._root):

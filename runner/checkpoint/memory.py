@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,13 +41,14 @@ class MemoryStore:
     def read(self, key: str) -> Object | None:
         return self.objects.get(key)
 
-    def fetch(self, key: str, path: Path, size: int) -> None:
+    def fetch(self, key: str, path: Path, size: int) -> str:
         held = self.objects.get(key)
         if held is None:
             raise Missing(f"{self.place}/{key}: no such object")
         if len(held.data) != size:
             raise DataError(f"{self.place}/{key}: the object has {len(held.data)} bytes, not {size}")
         path.write_bytes(held.data)
+        return hashlib.sha256(held.data).hexdigest()
 
     def keys(self, prefix: str) -> Iterator[str]:
         yield from sorted(key for key in list(self.objects) if key.startswith(prefix))

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from runner.checkpoint.files import MANIFEST, Sealed, file_sha256, move, sync_folders, verify
+from runner.checkpoint.files import MANIFEST, FileRecord, Sealed, read, verify
 from runner.checkpoint.head import Blob, Manifest, without_bad
 from runner.checkpoint.lease import Lease
 from runner.checkpoint.manifests import TRIES, Manifests
@@ -77,12 +77,27 @@ def download(store: Store, manifest: Manifest, folder: Path) -> Sealed:
         if partial.is_dir():
             shutil.rmtree(partial)
         fetch_files(store, manifest.id, manifest.files, partial)
-        move(partial, target)
-    return verify(target)
+        # Not synced: what a crash of this machine leaves does not verify, and is fetched again.
+        partial.rename(target)
+    return _listed(target, manifest)
+
+
+def _listed(target: Path, manifest: Manifest) -> Sealed:
+    """A folder whose files have been verified against the manifest of the store, by its own manifest.
+
+    Raises:
+        DataError: the two name other files.
+    """
+    sealed = read(target)
+    told = {name: FileRecord(size=blob.size, sha256=blob.sha256) for name, blob in manifest.files.items()}
+    told.pop(MANIFEST, None)
+    if sealed.files != told:
+        raise DataError(f"checkpoint {manifest.id}: its {MANIFEST} names other files than were committed")
+    return sealed
 
 
 def fetch_files(store: Store, id: str, files: Mapping[str, Blob], folder: Path) -> None:
-    """Fetch and verify some files of a checkpoint, by path inside a new folder, and make them last.
+    """Fetch and verify some files of a checkpoint, by path inside a new folder.
 
     Raises:
         DataError: an object is missing or not what was committed.
@@ -98,7 +113,6 @@ def fetch_files(store: Store, id: str, files: Mapping[str, Blob], folder: Path) 
                 job.result()
         finally:
             pool.shutdown(cancel_futures=True)
-    sync_folders(folder)
 
 
 def _kept(target: Path, manifest: Manifest) -> Sealed | None:
@@ -123,13 +137,12 @@ def fetch_file(store: Store, name: str, blob: Blob, path: Path) -> None:
     reason = ""
     for _ in range(TRIES):
         try:
-            store.fetch(blob.key, path, blob.size)
+            digest = store.fetch(blob.key, path, blob.size)
         except Missing:
             raise
         except DataError as error:
             reason = str(error)
             continue
-        digest = file_sha256(path)
         if digest == blob.sha256:
             return
         reason = f"{store.place}/{blob.key} has SHA-256 {digest}, not {blob.sha256}"

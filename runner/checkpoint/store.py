@@ -85,8 +85,10 @@ class Store(Protocol):
         """The newest content of a key, None if there is none."""
         ...
 
-    def fetch(self, key: str, path: Path, size: int) -> None:
-        """Write an object into a file. What it holds is the caller's to verify.
+    def fetch(self, key: str, path: Path, size: int) -> str:
+        """Write an object into a file. Returns the file's SHA-256, hexadecimal, for the caller to judge.
+
+        The file need not be synced: a copy is verified before it is used another time.
 
         Raises:
             Missing: no such key.
