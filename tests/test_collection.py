@@ -26,6 +26,7 @@ from runner.checkpoint.head import (
     BLOBS,
     HEAD,
     MANIFESTS,
+    PINS,
     Blob,
     Entry,
     Head,
@@ -201,10 +202,11 @@ class World:
         if verb != "delete":
             return
         self.deleted += 1
-        assert key.startswith((BLOBS, MANIFESTS)), f"{key} is not the collector's"
+        assert key.startswith((BLOBS, MANIFESTS, PINS)), f"{key} is not the collector's"
         assert key not in self.named(), f"{key} is retained"
         for reader in self.readers:
-            assert self.clock.time >= reader.until or key not in reader.needs, f"{reader} loses {key}"
+            held = (*reader.needs, reader.key)
+            assert self.clock.time >= reader.until or key not in held, f"{reader} loses {key}"
 
     def head(self) -> Head:
         found = self.raw.read(HEAD)
