@@ -135,11 +135,11 @@ def during(monkeypatch: pytest.MonkeyPatch, world: World, act: Callable[[], obje
     kind: Any = FolderStore if world.kind == "folder" else S3Store
     fetch, met = kind.fetch, []
 
-    def acting(self: Any, key: str, path: Path, size: int) -> None:
+    def acting(self: Any, key: str, path: Path, size: int) -> str:
         if not met:
             met.append(key)
             act()
-        fetch(self, key, path, size)
+        return fetch(self, key, path, size)
 
     monkeypatch.setattr(kind, "fetch", acting)
 
