@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from runner.supervisor import identity
 from tests.s3_server import ENVIRONMENT, s3_server
 
 ROOT = Path(__file__).parents[1]
@@ -85,3 +86,12 @@ def test_the_adapter_loads_with_plain_peft(folder: Path) -> None:
     moved = [p for name, p in adapted.named_parameters() if "lora_B" in name]
     assert moved
     assert any(p.abs().sum() > 0 for p in moved)
+
+
+def test_what_may_change_between_two_commands_is_what_the_code_lets_change() -> None:
+    table = (ROOT / "docs" / "checkpoints.md").read_text("utf-8")
+    free, said = re.findall(r"^\| (`.*?) \| (?:nothing|it is said)", table, re.MULTILINE)
+    for cell, patterns in ((free, identity.FREE), (said, identity.SAID)):
+        assert [name.rstrip("*") for name in re.findall(r"`(.*?)`", cell)] == [
+            name.rstrip("*") for name in patterns
+        ]
