@@ -23,12 +23,16 @@ import fcntl
 import os
 import shutil
 import socket
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.durable import disk
 from runner.errors import NotOwner
+
+LINGER = 2.0
+"""Seconds that a lock may outlive its process: its child holds it, too, until it becomes its command."""
 
 
 @dataclass(frozen=True)
@@ -103,15 +107,13 @@ class RunFolder:
             handle = file.open("a+", encoding="utf-8")
         with handle:
             with disk("take the run's lock", file):
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
+                if not _locked(handle.fileno()):
                     handle.seek(0)
                     owner = handle.read().strip() or "another process"
                     raise NotOwner(
                         f"run {self.path.name}: {owner} works in {self.path}; remedy: wait for it, or stop "
                         "it (it saves first) and give the same command again"
-                    ) from error
+                    )
                 # For the message above only; nothing is decided by it.
                 handle.truncate(0)
                 handle.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -127,3 +129,16 @@ class RunFolder:
             for pattern in ("*/saving-*", "*/export"):
                 for folder in self.attempts.glob(pattern):
                     shutil.rmtree(folder)
+
+
+def _locked(file: int) -> bool:
+    """Lock a file. False if another process has it, and not only what a killed one leaves for a moment."""
+    began = time.monotonic()
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() - began > LINGER:
+                return False
+            time.sleep(0.05)
