@@ -39,7 +39,7 @@ check: .venv/.installed ## Lint, check the format and the types
 	@$(BIN)/mypy
 
 chaos: .venv/.installed ## Kill runs 500 times and more, and see what became of them: make chaos ARGS="--minutes 30"
-	@$(BIN)/python -m tests.chaos $(ARGS)
+	@$(BIN)/python -m tests.chaos --defects $(ARGS)
 
 bench: .venv/.installed ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py

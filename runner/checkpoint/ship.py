@@ -225,6 +225,9 @@ class Shipper:
         self._events.send(holding.store, holding.lease.head.epoch)
         if kind == "final":
             holding.committer.finish(sealed)
+            with self._changed:
+                self._closing = True  # nobody renews a run that is done
+                self._changed.notify_all()
             return
         entry, dropped = holding.committer.commit(sealed, self._geometry())
         seconds = time.monotonic() - began
