@@ -101,7 +101,6 @@ class FolderStore:
                 if error.errno == errno.EIO:  # a dead sector: this copy is lost, another may be whole
                     raise DataError(f"{source}: cannot be read: {error.strerror}") from error
                 raise
-            sync(path)
             return file_sha256(path)
 
     def keys(self, prefix: str) -> Iterator[str]:
