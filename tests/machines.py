@@ -26,6 +26,10 @@ from runner import events, launch
 from runner.checkpoint import lease
 from runner.checkpoint.folder import FolderStore
 from runner.checkpoint.head import Head, Manifest, decode
+from runner.checkpoint.manifests import Manifests
+from runner.checkpoint.place import open_store
+from runner.checkpoint.restore import download
+from runner.checkpoint.store import BootClock, Patience, Store
 from runner.errors import RunnerError
 from runner.settings import resolve
 from runner.supervisor import custody
@@ -186,6 +190,18 @@ def at(place: str, how: str, attempt: int | None = 1) -> dict[str, Any]:
     return fault if attempt is None else {**fault, "attempt": attempt}
 
 
+def whole(store: Store, folder: Path) -> list[int]:
+    """Steps of the retained checkpoints, newest first, each fetched through the library and verified."""
+    found = store.read("HEAD")
+    assert found is not None
+    head, manifests = decode(Head, found.data, "HEAD"), Manifests(store)
+    named = [*head.retained, *(() if head.final is None else (head.final,))]
+    for entry in named:
+        download(store, manifests.get(entry), folder / "verified")
+    store.close()
+    return [entry.step for entry in head.retained]
+
+
 def hasty() -> None:
     """In the forked command: an owner that is silent for two seconds is dead."""
     custody.TTL, custody.RENEW_EVERY, lease.POLL = 2.0, 0.2, 0.2
@@ -226,6 +242,17 @@ class World:
         data = self.object("HEAD")
         assert data is not None
         return decode(Head, data, "HEAD")
+
+    def store(self) -> Store:
+        """The run's place, past every fault."""
+        return open_store(f"{self.uri}/bench", Patience(60, BootClock(), lambda event: None))
+
+    def chain(self) -> list[Head]:
+        """Every `HEAD` that the server accepted, in order: one line, whoever wrote."""
+        heads = [decode(Head, data, "HEAD") for data in self.proxy.heads]
+        assert [head.seq for head in heads] == list(range(1, len(heads) + 1))
+        assert [head.epoch for head in heads] == sorted(head.epoch for head in heads)
+        return heads
 
     def manifest(self) -> Manifest:
         """Of the newest checkpoint."""
