@@ -287,6 +287,8 @@ def server() -> Iterator[FaultProxy]:
 
 @pytest.fixture
 def world(tmp_path: Path, server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> World:
+    import boto3  # noqa: F401  once for all commands that are forked from here
+
     server.clear()
     for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
         monkeypatch.setenv(name, value)

@@ -8,12 +8,15 @@ restores, goes on and deletes what is old. Pauses are short, and a time-out is a
 from __future__ import annotations
 
 import functools
+import os
+import re
 import signal
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 
-from tests.fault_proxy import Fault, FaultProxy
+from tests.fault_proxy import Fault
 from tests.machines import Bench, World, at, hasty, whole
 
 PART = 5 << 20
@@ -26,7 +29,7 @@ TIME_OUT = 1.0
 
 
 def brisk() -> None:
-    """In the forked command: short pauses and time-outs, parts of the smallest size, nothing waits for readers."""
+    """In the forked command: short pauses and time-outs, small parts, and readers get no time."""
     import botocore.config
 
     from runner.checkpoint import s3, store
@@ -40,33 +43,40 @@ def brisk() -> None:
     botocore.config.Config = lambda **fields: config(**{**fields, "read_timeout": TIME_OUT})
 
 
-CALLS: dict[str, tuple[str, str, str]] = {
-    "probe": ("PUT", r"/probe/\w+/once", "PutObject"),
-    "unprobe": ("DELETE", r"/probe/\w+/race", "DeleteObject"),
-    "take": ("PUT", "/HEAD", "PutObject"),
-    "identity": ("PUT", r"/run\.json", "PutObject"),
-    "blob": ("PUT", "/blobs/[^?]*", "PutObject"),
-    "manifest": ("PUT", r"/checkpoints/[^?]*\.json", "PutObject"),
-    "events": ("PUT", r"/events/[^?]*\.jsonl", "PutObject"),
-    "begin parts": ("POST", r"\?uploads", "CreateMultipartUpload"),
-    "part": ("PUT", r"partNumber=2.*|uploadId=.*partNumber=2", "UploadPart"),
-    "complete parts": ("POST", r"\?uploadId=[^&]*", "CompleteMultipartUpload"),
-    "list": ("GET", r"list-type=2.*checkpoints.*", "ListObjectsV2"),
-    "renew": ("PUT", "/HEAD", "PutObject"),
-    "read HEAD": ("GET", "/HEAD", "GetObject"),
-    "read identity": ("GET", r"/run\.json", "GetObject"),
-    "read manifest": ("GET", r"/checkpoints/[^?]*\.json", "GetObject"),
-    "read blob": ("GET", "/blobs/.*", "GetObject"),
-    "delete": ("DELETE", "/checkpoints/.*", "DeleteObject"),
+@dataclass(frozen=True)
+class Call:
+    """One kind of call of a run."""
+
+    method: str
+    path: str
+    """What its path and query end with."""
+    said: str
+    """Operation and key, as events name them."""
+
+
+CALLS = {
+    "probe": Call("PUT", r"/probe/\w+/once", r"PutObject \S*/probe/\w+/once:"),
+    "unprobe": Call("DELETE", r"/probe/\w+/race", r"DeleteObject \S*/probe/\w+/race:"),
+    "take": Call("PUT", "/HEAD", r"PutObject \S*/HEAD:"),
+    "identity": Call("PUT", r"/run\.json", r"PutObject \S*/run.json:"),
+    "blob": Call("PUT", r"/blobs/[^?]*", r"PutObject \S*/blobs/\S*:"),
+    "manifest": Call("PUT", r"/checkpoints/[^?]*", r"PutObject \S*/checkpoints/\S*:"),
+    "events": Call("PUT", r"/events/[^?]*", r"PutObject \S*/events/\S*:"),
+    "begin parts": Call("POST", r"\?uploads", r"CreateMultipartUpload \S*/blobs/\S*:"),
+    "part": Call("PUT", "partNumber=2.*|uploadId=.*partNumber=2", r"UploadPart \S*/blobs/\S*:"),
+    "complete parts": Call("POST", r"\?uploadId=[^&]*", r"CompleteMultipartUpload \S*/blobs/\S*:"),
+    "list": Call("GET", "list-type=2.*checkpoints.*", r"ListObjectsV2 \S*/checkpoints/:"),
+    "renew": Call("PUT", "/HEAD", r"PutObject \S*/HEAD:"),
+    "read HEAD": Call("GET", "/HEAD", r"GetObject \S*/HEAD\b"),
+    "read identity": Call("GET", r"/run\.json", r"GetObject \S*/run.json\b"),
+    "read manifest": Call("GET", r"/checkpoints/[^?]*", r"GetObject \S*/checkpoints/\S*"),
+    "read blob": Call("GET", "/blobs/[^?]*", r"GetObject \S*/blobs/\S*"),
+    "delete": Call("DELETE", "/checkpoints/[^?]*", r"DeleteObject \S*/checkpoints/\S*:"),
 }
-"""Every kind of call of a run: method, path, and what S3 calls it."""
 
-LATER = ("renew", "read HEAD", "read identity", "read manifest", "read blob", "delete")
-"""These are met by the second machine, `renew` by the first one when it trains."""
-
-
-def plan(proxy: FaultProxy, how: str, names: tuple[str, ...]) -> dict[str, Fault]:
-    return {name: proxy.fail(*CALLS[name][:2], how) for name in names}
+READS = ("read HEAD", "read identity", "read manifest", "read blob")
+LATER = ("renew", *READS, "delete")
+"""Met by the second machine; `renew` by the first, when it trains."""
 
 
 def two_machines(world: World, planned: Mapping[str, str]) -> tuple[dict[str, Fault], list[Bench]]:
@@ -76,7 +86,7 @@ def two_machines(world: World, planned: Mapping[str, str]) -> tuple[dict[str, Fa
     def fail(names: tuple[str, ...]) -> None:
         for name in names:
             if name in planned:
-                faults[name] = world.proxy.fail(*CALLS[name][:2], planned[name])
+                faults[name] = world.proxy.fail(CALLS[name].method, CALLS[name].path, planned[name])
 
     first, second = world.first, world.machine()
     for machine in (first, second):
@@ -111,26 +121,102 @@ def nothing_lost(world: World, undisturbed: str) -> None:
     assert whole(world.store(), world.path)[0] == 6
 
 
-SAID = {
-    "before": "Connection was closed|ConnectionClosed|connect",
-    "after": "Connection was closed|ConnectionClosed|connect",
-    "409": r"ConditionalRequestConflict \(409\)",
-    "500": r"InternalError \(500\)",
-    "503": r"SlowDown \(503\)",
-    "403 ExpiredToken": r"ExpiredToken \(403\)",
-    "400 RequestTimeTooSkewed": r"RequestTimeTooSkewed \(400\)",
-}
-"""What the events say about each."""
-
-
-@pytest.mark.parametrize("how", SAID)
-def test_fault_at_every_kind_of_call_costs_time_alone(world: World, undisturbed: str, how: str) -> None:
-    faults, machines = two_machines(world, dict.fromkeys(CALLS, how))
+def seen(faults: Mapping[str, Fault], machines: list[Bench], how: str) -> None:
+    """Every fault was met, and is in some machine's events by its operation, key and reason."""
     assert [name for name, fault in faults.items() if not fault.met] == []
-    nothing_lost(world, undisturbed)
-    events = told(machines)
-    import re
+    events = [event["message"] for machine in machines for event in machine.said("store")]
+    hidden = [
+        name for name in faults if not any(re.search(f"{CALLS[name].said}.*{how}", event) for event in events)
+    ]
+    assert hidden == [], events
 
-    for name in faults:
-        fits = f"{CALLS[name][2]} s3://.*{SAID[how]}"
-        assert any(re.search(fits, event) for event in events), (name, events)
+
+CUT = "Connection was closed|[Cc]onnection (reset|broken|aborted)"
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("before", CUT),
+        ("after", CUT),
+        ("409", r"ConditionalRequestConflict \(409\)"),
+        ("500", r"InternalError \(500\)"),
+        ("503", r"SlowDown \(503\)"),
+        ("403 ExpiredToken", r"ExpiredToken \(403\)"),
+    ],
+)
+def test_fault_at_every_kind_of_call_costs_time_alone(
+    world: World, undisturbed: str, how: str, reason: str
+) -> None:
+    faults, machines = two_machines(world, dict.fromkeys(CALLS, how))
+    nothing_lost(world, undisturbed)
+    seen(faults, machines, reason)
+
+
+@pytest.mark.parametrize("how", ["truncate", "long", "short", "corrupt"])
+def test_damaged_answer_is_asked_for_again(world: World, undisturbed: str, how: str) -> None:
+    """Half of it, a wrong length, another byte."""
+    faults, machines = two_machines(world, dict.fromkeys(("list", *READS), how))
+    nothing_lost(world, undisturbed)
+    seen(faults, machines, "")
+
+
+def test_stalled_answer_is_not_waited_for(world: World, undisturbed: str) -> None:
+    stalled = ("take", "blob", "part", "complete parts", "renew", "read HEAD", "read blob")
+    faults, machines = two_machines(world, dict.fromkeys(stalled, f"{2 * TIME_OUT}s"))
+    nothing_lost(world, undisturbed)
+    seen(faults, machines, "Read timeout")
+
+
+def test_token_that_expires_is_replaced_in_the_file_and_the_run_goes_on(
+    world: World, undisturbed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All calls of the old key are refused until the file has a new one, as when a role's hour is over."""
+    keys = world.path / "credentials"
+
+    def write(key: str) -> None:
+        keys.write_text(f"[default]\naws_access_key_id = {key}\naws_secret_access_key = secret\n")
+
+    write("OLDKEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(keys))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    first = world.first
+    process = first.start(at("step:3", "hold"), before=brisk)
+    first.wait_for(first.waiting(), process)
+    for method in ("GET", "PUT", "POST", "DELETE", "HEAD"):
+        world.proxy.fail(method, "", "400 ExpiredToken", times=10_000, key="OLDKEY")
+    (first.run / "attempts" / "1" / "go").touch()
+    first.wait_for(lambda: len(first.said("store")) > 5, process)
+    assert process.poll() is None
+    write("NEWKEY")
+    code, output = process.finish()
+    assert code == 0, output
+    assert first.weights() == undisturbed
+    assert all("ExpiredToken" in event["message"] for event in first.said("store"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    nothing_lost(world, undisturbed)
+
+
+def test_object_that_the_server_stored_wrong_costs_the_way_to_the_one_before(
+    world: World, undisturbed: str
+) -> None:
+    """The server takes the body for what its checksum says, and it is not."""
+    first, second = world.first, world.machine()
+    process = first.start(at("step:3", "hold"), at("step:5", "wait"), before=brisk)
+    first.wait_for(first.waiting(), process)
+    first.wait_for(lambda: bool(first.said("commit")), process)
+    rot = world.proxy.fail("PUT", "/blobs/[^?]*", "rot")
+    (first.run / "attempts" / "1" / "go").touch()
+    first.wait_for(lambda: len(first.said("commit")) > 1, process)
+    assert rot.met
+    os.kill(process.pid, signal.SIGKILL)
+    code, output = second.train(before=hasty)
+    assert code == 0, output
+    bad = second.said("bad")
+    assert [one["id"] for one in bad] == ["00000004-000001-0001"]
+    assert "has SHA-256" in bad[0]["reason"]
+    assert "Going back to checkpoint 00000002-000001-0001, step 2" in output
+    assert len(world.head().bad) == 1
+    nothing_lost(world, undisturbed)

@@ -223,11 +223,12 @@ class Lease:
             f"{self._store.place}: {HEAD} does not change when it should; remedy: check the store"
         )
         data = encode(new)
+        unanswered: Transient | None = None
         try:
             if (done := self._store.swap(HEAD, data, etag)) is not None:
                 return Object(data, done)
         except Transient as error:
-            final = error.final
+            unanswered, final = error, error.final
         found = self._store.read(HEAD)
         if found is None:
             if etag is None:
@@ -243,6 +244,8 @@ class Lease:
             case Fate.FENCED:
                 raise self._foreign(head)
             case Fate.WON:
+                if unanswered is not None:
+                    self._patience.note(unanswered)
                 return found
 
     def _decoded(self, found: Object) -> Head:

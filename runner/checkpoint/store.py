@@ -176,10 +176,14 @@ class Patience:
                 waited = self._clock.now() - began
                 if waited + pause > self._seconds:
                     raise error.final from error
-                with self._lock:  # calls of several threads share one log
-                    self._say({"event": "store", "message": str(error), "waited": round(waited, 1)})
+                self.note(error, waited)
             self._clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def note(self, error: Transient, waited: float = 0.0) -> None:
+        """Tell of a failure; also of one that nobody has to wait for."""
+        with self._lock:  # calls of several threads share one log
+            self._say({"event": "store", "message": str(error), "waited": round(waited, 1)})
 
 
 def probe(store: Store) -> str | None:
