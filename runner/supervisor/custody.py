@@ -148,6 +148,8 @@ class Custody:
         if here is not None:
             before = (here.job.get("checkpoints") or {}).get("uri")
             began = run_place(before, self._job.name, self._folder.path)
+            if began == store.place:
+                raise self._unidentified()
             raise DataError(
                 f"{store.place}: nothing is there of the run that {self._folder.path} belongs to, which "
                 f"began with checkpoints in {began}; remedy: set checkpoints.uri back, copy what is there to "
@@ -244,16 +246,20 @@ class Custody:
             DataError: the run has checkpoints, so it was there once.
         """
         if self.newest is not None:
-            raise DataError(
-                f"{self.place.store}: {IDENTITY} is missing, and it alone says what the checkpoints belong "
-                f"to; remedy: put it back from a copy, as {self._folder.identity} of a machine that ran it"
-            )
+            raise self._unidentified()
         data = identity.encode(new)
         if not self._holding.store.create(IDENTITY, data):
             found = self.identity()
             assert found is not None
             return found
         return new
+
+    def _unidentified(self) -> DataError:
+        return DataError(
+            f"{self.place.store}: {IDENTITY} is missing, and it alone says what the checkpoints belong to; "
+            f"remedy: put it back from a copy, as {self._folder.identity} of a machine that ran it; or, to "
+            f"start over, {self.place.remedy}"
+        )
 
     def mirror(self, stored: Identity) -> None:
         """Keep the copy on this machine."""
