@@ -21,6 +21,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import os
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +37,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint import adapter_file
-from runner.errors import DataError
+from runner.durable import disk
+from runner.errors import DataError, RunnerError
 from runner.train import rng
 from runner.train.memory import is_out_of_memory
 
@@ -127,6 +131,9 @@ def save(
     Args:
         data: fingerprint of the prepared rows; a resume on other rows is refused.
         scaler: the float16 loss scaler, or null.
+
+    Raises:
+        StorageError, AccessDenied: the disk; what was written is removed again.
     """
     tensors: dict[str, torch.Tensor] = {}
     values = {
@@ -137,16 +144,33 @@ def save(
     }
     generators: dict[str, torch.Tensor] = {}
     values["rng"] = split(rng.capture(), "rng", generators)
-    save_file(
-        {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()},
-        folder / PARAMETERS,
-    )
-    save_file(tensors, folder / OPTIMIZER)
-    save_file(generators, folder / RNG)
-    (folder / STATE).write_text(json.dumps(values))
-    (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
-    if isinstance(model, PeftModel):
-        save_adapter_config(folder, model)
+    parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
+    with _writing(folder):
+        save_file(parameters, folder / PARAMETERS)
+        save_file(tensors, folder / OPTIMIZER)
+        save_file(generators, folder / RNG)
+        (folder / STATE).write_text(json.dumps(values))
+        (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
+        if isinstance(model, PeftModel):
+            save_adapter_config(folder, model)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside, files are written. Half of them would take the room that an outcome needs."""
+    try:
+        with disk("save a checkpoint", folder):
+            try:
+                yield
+            except SafetensorError as error:
+                # safetensors (0.8) has no other way to say it.
+                found = re.search(r"os error (\d+)", str(error))
+                if found is None:
+                    raise
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+    except RunnerError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def save_adapter_config(folder: Path, model: PeftModel) -> None:
