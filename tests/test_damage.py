@@ -9,16 +9,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runner.checkpoint.files import read, seal
 from runner.checkpoint.folder import FolderStore
 from runner.checkpoint.head import Entry, Head, Manifest, decode, encode
 from runner.checkpoint.store import Store
 from runner.supervisor import custody
+from tests.attempts import merged, run
 from tests.machines import Bench, World, at, whole
 from tests.s3_server import BUCKET
 
@@ -342,3 +346,112 @@ def test_object_of_somebody_else_is_left_alone(world: World, undisturbed: str) -
 def no_grace() -> None:
     """In the forked command: what nobody names is deleted at once."""
     custody.GRACE = 0.0
+
+
+# --- what somebody made to be executed ---
+
+
+class Bomb:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of the real trainer, of the first of two steps."""
+    folder = tmp_path_factory.mktemp("real")
+    outcome, events = run(folder, TWO_STEPS)
+    assert outcome["outcome"] == "done", outcome
+    return Path(next(event["path"] for event in events if event["event"] == "checkpoint"))
+
+
+TWO_STEPS = {"training": {"max_steps": 2}, "checkpoints": {"save_steps": 1}}
+
+
+def forged(checkpoint: Path, folder: Path, change: Callable[[Path], object]) -> Path:
+    """The checkpoint with other files, and sealed as if they were right."""
+    copy = folder / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    before = read(copy)
+    (copy / "checkpoint.json").unlink()
+    change(copy)
+    seal(copy, id=before.id, step=before.step, parent=before.parent, extra=before.extra)
+    return copy
+
+
+def test_pickle_in_place_of_any_file_of_a_checkpoint_executes_nothing(real: Path, tmp_path: Path) -> None:
+    """By the real trainer; every kind of content is in tests/test_state.py."""
+    mark = tmp_path / "mark"
+    names = {path.name for path in real.iterdir()} - {"checkpoint.json"}
+    assert len(names) == 7
+    bomb = pickle.dumps(Bomb(mark))
+    for name in sorted(names):
+        folder = tmp_path / name
+        folder.mkdir()
+        copy = forged(real, folder, lambda copy, name=name: (copy / name).write_bytes(bomb))
+        outcome, _ = run(folder / "run", TWO_STEPS, restore=copy)
+        assert not mark.exists()
+        if name == "adapter_config.json":  # the job says what a resume needs of it
+            assert outcome["outcome"] == "done"
+            continue
+        assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 65), (name, outcome)
+        assert f"checkpoint {real.name}: " in outcome["error"] and name in outcome["error"]
+        assert "remedy" in outcome["error"]
+
+
+def test_pickles_beside_the_files_of_a_checkpoint_are_not_read(real: Path, tmp_path: Path) -> None:
+    """Under the names that transformers, torch and PEFT would load."""
+    mark = tmp_path / "mark"
+    names = (
+        "training_args.bin",
+        "pytorch_model.bin",
+        "adapter_model.bin",
+        "optimizer.pt",
+        "optimizer.bin",
+        "scheduler.pt",
+        "scaler.pt",
+        "rng_state.pth",
+        "rng_state_0.pth",
+    )
+
+    def add(copy: Path) -> None:
+        for name in names:
+            (copy / name).write_bytes(pickle.dumps(Bomb(mark)))
+
+    outcome, _ = run(tmp_path / "run", TWO_STEPS, restore=forged(real, tmp_path, add))
+    assert outcome["outcome"] == "done", outcome
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_pickle_in_place_of_a_file_of_an_adapter_executes_nothing(
+    real: Path, tmp_path: Path, name: str
+) -> None:
+    """Given through lora.init_from."""
+    mark, adapter = tmp_path / "mark", tmp_path / "adapter"
+    shutil.copytree(real.parents[1] / "adapter", adapter)
+    (adapter / name).write_bytes(pickle.dumps(Bomb(mark)))
+    (adapter / "adapter_model.bin").write_bytes(pickle.dumps(Bomb(mark)))
+    lora = {"lora": {"init_from": str(adapter)}}
+    outcome, _ = run(tmp_path / "run", merged(TWO_STEPS, lora), init_from=str(adapter))
+    assert not mark.exists()
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 65), outcome
+    assert "lora.init_from" in outcome["error"]
+
+
+def test_adapter_that_names_a_module_to_import_is_refused(real: Path, tmp_path: Path) -> None:
+    """PEFT imports what `megatron_core` says, if it is Megatron's; anything else it refuses."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(real.parents[1] / "adapter", adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config |= {"megatron_config": {"x": 1}, "megatron_core": "evil"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    lora = {"lora": {"init_from": str(adapter)}}
+    outcome, _ = run(tmp_path / "run", merged(TWO_STEPS, lora), init_from=str(adapter))
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 65), outcome
+    assert "lora.init_from" in outcome["error"] and "security" in outcome["error"]

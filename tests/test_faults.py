@@ -144,6 +144,7 @@ CUT = "Connection was closed|[Cc]onnection (reset|broken|aborted)"
         ("503", r"SlowDown \(503\)"),
         ("403 ExpiredToken", r"ExpiredToken \(403\)"),
     ],
+    ids=lambda value: value if value.isalnum() else "",
 )
 def test_fault_at_every_kind_of_call_costs_time_alone(
     world: World, undisturbed: str, how: str, reason: str
@@ -153,10 +154,10 @@ def test_fault_at_every_kind_of_call_costs_time_alone(
     seen(faults, machines, reason)
 
 
-@pytest.mark.parametrize("how", ["truncate", "long", "short", "corrupt"])
-def test_damaged_answer_is_asked_for_again(world: World, undisturbed: str, how: str) -> None:
-    """Half of it, a wrong length, another byte."""
-    faults, machines = two_machines(world, dict.fromkeys(("list", *READS), how))
+@pytest.mark.parametrize("how", ["truncate", "long"])
+def test_answer_that_ends_early_is_asked_for_again(world: World, undisturbed: str, how: str) -> None:
+    """In the middle, or one byte before its Content-Length."""
+    faults, machines = two_machines(world, dict.fromkeys(READS, how))
     nothing_lost(world, undisturbed)
     seen(faults, machines, "")
 
