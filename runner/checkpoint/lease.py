@@ -17,7 +17,7 @@ from enum import Enum, auto
 from typing import Any, Literal
 
 from runner.checkpoint.head import HEAD, MANIFESTS, TTL, Head, Owner, decode, encode, successor
-from runner.checkpoint.store import Clock, Object, Patience, Store, Transient
+from runner.checkpoint.store import Clock, Object, Patience, Store, Transient, understood
 from runner.errors import DataError, NotOwner, Preempted, RunnerError, StorageError
 
 POLL = 5.0
@@ -139,8 +139,7 @@ class Lease:
         first: str | None = None
         etag, since = None, self._clock.now()
         while True:
-            found = self._store.read(HEAD)
-            head = None if found is None else self._decoded(found)
+            found, head = self._read()
             if found is not None and found.etag != etag:
                 etag, since = found.etag, self._clock.now()
                 first = first or etag
@@ -229,15 +228,14 @@ class Lease:
                 return Object(data, done)
         except Transient as error:
             unanswered, final = error, error.final
-        found = self._store.read(HEAD)
-        if found is None:
+        found, head = self._read()
+        if found is None or head is None:
             if etag is None:
                 raise Transient(final)
             raise DataError(
                 f"{self._store.place}: {HEAD} has vanished; remedy: find out who deletes there, then runner "
                 "checkpoints adopt"
             )
-        head = self._decoded(found)
         match fate(head, found.etag == etag, self._sent):
             case Fate.NOTHING:
                 raise Transient(final)
@@ -247,6 +245,9 @@ class Lease:
                 if unanswered is not None:
                     self._patience.note(unanswered)
                 return found
+
+    def _read(self) -> tuple[Object | None, Head | None]:
+        return understood(self._store, HEAD, self._decoded, self._patience) or (None, None)
 
     def _decoded(self, found: Object) -> Head:
         try:

@@ -186,6 +186,26 @@ class Patience:
             self._say({"event": "store", "message": str(error), "waited": round(waited, 1)})
 
 
+def understood(
+    store: Store, key: str, decode: Callable[[Object], T], patience: Patience
+) -> tuple[Object, T] | None:
+    """An object and what it says, None if there is none. Read once more where it makes no sense: the way may
+    be at fault.
+
+    Raises:
+        DataError: as `decode` does, of the second answer.
+    """
+    found = store.read(key)
+    if found is None:
+        return None
+    try:
+        return found, decode(found)
+    except DataError as error:
+        patience.note(Transient(error))
+    found = store.read(key)
+    return None if found is None else (found, decode(found))
+
+
 def probe(store: Store) -> str | None:
     """Try whether a store keeps its conditions. None when it does, else what it did wrong.
 

@@ -28,7 +28,7 @@ from runner.checkpoint.manifests import Manifests
 from runner.checkpoint.place import open_store, run_place
 from runner.checkpoint.restore import download, restore
 from runner.checkpoint.ship import EventParts, Holding, Shipper
-from runner.checkpoint.store import Interruptible, Patience, probe, unfit
+from runner.checkpoint.store import Interruptible, Patience, probe, understood, unfit
 from runner.durable import disk, write_text
 from runner.errors import DataError, Preempted, RunnerError
 from runner.manifest import Job
@@ -77,7 +77,7 @@ class Custody:
         self._memory_peak = memory_peak
         settings = job.checkpoints
         self._clock = Interruptible()
-        patience = Patience(settings.patience_seconds, self._clock, journal.say)
+        self._patience = patience = Patience(settings.patience_seconds, self._clock, journal.say)
         self.place = Place(run_place(settings.uri, job.name, folder.path), folder.path)
         store = open_store(
             self.place.store,
@@ -141,9 +141,10 @@ class Custody:
             DataError: the run began elsewhere, or what was here is gone.
         """
         store = self._holding.store
-        found = store.read(IDENTITY)
+        place = f"{store.place}/{IDENTITY}"
+        found = understood(store, IDENTITY, lambda read: identity.decode(read.data, place), self._patience)
         if found is not None:
-            return identity.decode(found.data, f"{store.place}/{IDENTITY}")
+            return found[1]
         here = identity.read(self._folder.identity)
         if here is not None:
             before = (here.job.get("checkpoints") or {}).get("uri")
@@ -159,9 +160,10 @@ class Custody:
 
     def is_done(self) -> bool:
         """Whether the run is known to be done; it never begins again."""
-        found = self._holding.store.read(HEAD)
+        store = self._holding.store
         with contextlib.suppress(DataError):  # what is wrong with it is said by whoever takes it
-            return found is not None and decode(Head, found.data, HEAD).state == "done"
+            found = understood(store, HEAD, lambda read: decode(Head, read.data, HEAD), self._patience)
+            return found is not None and found[1].state == "done"
         return False
 
     def probe(self) -> None:
