@@ -93,7 +93,7 @@ class Custody:
             lock=lock,
         )
         lease = Lease(store, owner, self._clock, patience, TTL, self._also)
-        manifests = Manifests(store)
+        manifests = Manifests(store, journal.say)
         committer = Committer(store, lease, manifests, settings.keep_last)
         # In the run's own folder nobody reads who could not pin.
         grace = 0.0 if settings.uri is None else GRACE
