@@ -203,10 +203,11 @@ def test_file_that_all_checkpoints_share_breaks_all_until_it_is_back(
 
 
 def test_way_back_goes_to_the_first_that_does_not_use_what_is_broken(world: World, undisturbed: str) -> None:
-    """Checkpoints 4 and 5 share a file that 2 does not have."""
+    """All checkpoints after 2 share a file that 2 does not have."""
     run = Stopped(world, "s3")
     damage(run.objects, run.key("state.bin"), "delete")  # so that it goes on from 2, with another file
     first = world.first
+    first.job["checkpoints"] |= {"keep_last": 6}
     process = first.start(at("step:5", "hold", 2), at("step:6", "crash:65", 2), frozen_bytes=500, save=1)
     first.wait_for(first.waiting(2), process)
     first.wait_for(lambda: run.head().newest.step == 4, process)
