@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ("tests.machines",)
+
 FOREIGN = (
     "ACCELERATE_",
     "AWS_",

@@ -19,6 +19,7 @@ import ctypes
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from runner.checkpoint.files import publish, seal
+from runner.durable import disk
+from runner.errors import RunnerError
 from runner.request import Reader
 from tests.fake_faults import Faults, checkpoint_id
 
@@ -121,11 +124,17 @@ class Rank:
         name = checkpoint_id(self.plan, self.done)
         self.send("phase", phase="save")
         saving = self.folder / f"saving-{self.done:08d}"
-        saving.mkdir()
-        (saving / "state.json").write_text(json.dumps({"step": self.done, "value": self.value}))
-        (saving / "state.bin").write_bytes(_bytes(self.value, self.script.get("state_bytes", 1000)))
-        self.faults.at(f"saving:{self.done}")
-        (saving / "frozen.bin").write_bytes(_bytes("frozen", self.script.get("frozen_bytes", 1000)))
+        try:
+            with disk("save a checkpoint", saving):
+                saving.mkdir()
+                (saving / "state.json").write_text(json.dumps({"step": self.done, "value": self.value}))
+                (saving / "state.bin").write_bytes(_bytes(self.value, self.script.get("state_bytes", 1000)))
+                self.faults.at(f"saving:{self.done}")
+                frozen = _bytes("frozen", self.script.get("frozen_bytes", 1000))
+                (saving / "frozen.bin").write_bytes(frozen)
+        except RunnerError as error:
+            shutil.rmtree(saving, ignore_errors=True)
+            self.end("failed", error.exit_code, error=str(error))
         asked = self.plan["job"]["training"]["per_device_train_batch_size"]
         record = {"per_device": self.plan["geometry"]["per_device"], "asked": asked}
         seal(saving, id=name, step=self.done, parent=self.parent, extra={"batch": record})

@@ -7,12 +7,14 @@
 
     before, after     the connection is cut before or after the server acted
     truncate          half the answer, then the connection is cut
+    long, short       the answer's Content-Length is a byte too large or too small; then the connection is cut
     corrupt           one byte of the answer is another
     rot               one byte of the request is another, and the server does not mind
     <number>          that answer; the server hears nothing. A code may follow: "403 ExpiredToken"
     <seconds>s        the answer is late by so much
 
-A fault meets the first requests that its method and the end of its path fit, once each unless it says more.
+A fault meets the first requests that its method and the end of its path fit, once each unless it says more;
+of one access key alone, if it names one.
 """
 
 from __future__ import annotations
@@ -41,6 +43,8 @@ class Fault:
     """Regular expression that the end of path and query must match."""
     how: str
     times: int
+    key: str = ""
+    """Access key of the requests; empty: of any."""
     met: int = 0
 
 
@@ -90,9 +94,9 @@ class FaultProxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def fail(self, method: str, path: str, how: str, times: int = 1) -> Fault:
+    def fail(self, method: str, path: str, how: str, times: int = 1, key: str = "") -> Fault:
         """Plan a fault."""
-        fault = Fault(method, path, how, times)
+        fault = Fault(method, path, how, times, key)
         with self._lock:
             self._faults.append(fault)
         return fault
@@ -104,12 +108,12 @@ class FaultProxy:
             self.requests.clear()
             self.heads.clear()
 
-    def _fault(self, method: str, path: str) -> str:
+    def _fault(self, method: str, path: str, signed: str) -> str:
         with self._lock:
             self.requests.append((method, path))
             for fault in self._faults:
                 fits = fault.method == method and re.search(f"(?:{fault.path})$", path)
-                if fits and fault.met < fault.times:
+                if fits and f"Credential={fault.key}" in signed and fault.met < fault.times:
                     fault.met += 1
                     return fault.how
         return ""
@@ -117,7 +121,7 @@ class FaultProxy:
     def _serve(self, client: BaseHTTPRequestHandler) -> None:
         length = int(client.headers.get("Content-Length", 0))
         body = client.rfile.read(length)
-        how = self._fault(client.command, client.path)
+        how = self._fault(client.command, client.path, client.headers.get("Authorization", "Credential="))
         if how == "before":
             return self._cut(client)
         if how[:3].isdecimal():
@@ -135,13 +139,16 @@ class FaultProxy:
             time.sleep(float(how[:-1]))
         if how == "corrupt" and answer:
             answer = answer[:-1] + bytes([answer[-1] ^ 1])
+        off = {"long": 1, "short": -1}.get(how, 0)
         client.send_response(status)
         for name, value in headers:
+            if off and answer and name.lower() == "content-length":
+                value = str(int(value) + off)
             client.send_header(name, value)
         client.end_headers()
         if client.command != "HEAD":
             client.wfile.write(answer[: len(answer) // 2] if how == "truncate" else answer)
-        if how == "truncate":
+        if how in ("truncate", "long", "short"):
             self._cut(client)
         return None
 

@@ -29,24 +29,11 @@ from runner.supervisor.attempt import Ended
 from runner.supervisor.ranks import Exit, Notices
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome, memory_levers, smaller_batch
+from tests.machines import RANK, SCRIPT, Bench, at
 from tests.small_job import SMALL
-from tests.test_launch import RANK, SCRIPT, Bench, at
 
 PER_DEVICE = "training.per_device_train_batch_size"
 PAIRS = {"datasets": {"train": [{"path": "demo:charts", "format": "preference"}]}, "method": "dpo"}
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    bench = Bench(tmp_path_factory.mktemp("undisturbed"))
-    code, output = bench.train()
-    assert code == 0, output
-    return bench.weights()
 
 
 def full(place: str, above: int, attempt: int | None = None) -> dict[str, Any]:

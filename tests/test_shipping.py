@@ -10,92 +10,12 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from runner.checkpoint import lease
-from runner.checkpoint.head import Head, Manifest, decode
-from runner.supervisor import attempt, custody
-from tests.fault_proxy import FaultProxy
-from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
-from tests.test_launch import Bench, at
-
-_COUNT = iter(range(1_000_000))
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[FaultProxy]:
-    with s3_server() as port, FaultProxy(port) as proxy:
-        yield proxy
-
-
-class World:
-    """One run in a bucket, and machines that come and go."""
-
-    def __init__(self, path: Path, proxy: FaultProxy) -> None:
-        self.path = path
-        self.proxy = proxy
-        self.uri = f"s3://{BUCKET}/runs-{next(_COUNT)}"
-        self.machines = 0
-        self.first = self.machine()
-
-    def machine(self) -> Bench:
-        """A machine that knows nothing; the job's sources are where they are everywhere."""
-        folder = self.path / f"machine-{self.machines}"
-        folder.mkdir()
-        bench = Bench(folder) if self.machines == 0 else Bench.beside(self.first, folder)
-        self.machines += 1
-        bench.job["checkpoints"] = {"uri": self.uri}
-        return bench
-
-    def key(self, key: str) -> str:
-        return f"{self.uri.removeprefix(f's3://{BUCKET}/')}/bench/{key}"
-
-    def object(self, key: str) -> bytes | None:
-        import boto3
-
-        client = boto3.client("s3")
-        try:
-            return bytes(client.get_object(Bucket=BUCKET, Key=self.key(key))["Body"].read())
-        except client.exceptions.NoSuchKey:
-            return None
-
-    def head(self) -> Head:
-        data = self.object("HEAD")
-        assert data is not None
-        return decode(Head, data, "HEAD")
-
-    def manifest(self) -> Manifest:
-        """Of the newest checkpoint."""
-        newest = self.head().newest
-        assert newest is not None
-        data = self.object(newest.key)
-        assert data is not None
-        return decode(Manifest, data, newest.key)
-
-
-@pytest.fixture
-def world(tmp_path: Path, server: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> World:
-    server.clear()
-    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": server.url}.items():
-        monkeypatch.setenv(name, value)
-    return World(tmp_path, server)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    bench = Bench(tmp_path_factory.mktemp("undisturbed"))
-    code, output = bench.train()
-    assert code == 0, output
-    return bench.weights()
-
-
-def hasty() -> None:
-    """In the forked command: an owner that is silent for two seconds is dead."""
-    custody.TTL, custody.RENEW_EVERY, lease.POLL = 2.0, 0.2, 0.2
-
+from runner.supervisor import attempt
+from tests.machines import World, at, hasty
+from tests.s3_server import ENVIRONMENT
 
 # --- from machine to machine ---
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import bitsandbytes as bnb
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerState
 
 from runner.errors import DataError
 from runner.train import rng, state
@@ -53,6 +57,114 @@ def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
     state.save(
         folder, model=model, optimizer=optimizer, scheduler=scheduler, scaler=None, data="rows", steps=steps
     )
+    TrainerState(global_step=1).save_to_json(str(folder / "trainer_state.json"))
+
+
+def load(folder: Path) -> None:
+    """Everything that a resume reads."""
+    model, optimizer, scheduler = parts("adamw")
+    state.load_steps(folder)
+    state.data_fingerprint(folder)
+    state.load_parameters(folder, model)
+    state.load_optimizer(folder, model=model, optimizer=optimizer, scheduler=scheduler)
+    state.load_scaler(folder, torch.amp.GradScaler("cpu"))
+    state.load_rng(folder)
+
+
+class Bomb:
+    """Unpickled, it leaves a mark."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def header(content: bytes, length: int | None = None) -> bytes:
+    """A safetensors file of a header and nothing else."""
+    return (len(content) if length is None else length).to_bytes(8, "little") + content
+
+
+def changed(file: Path, key: str, value: Any) -> bytes:
+    """A JSON object with another value at a dotted key."""
+    document = json.loads(file.read_text())
+    node = document
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    node[last] = value
+    return json.dumps(document).encode()
+
+
+TENSORS = ("parameters.safetensors", "optimizer.safetensors", "rng-0.safetensors")
+VALUES = ("state.json", "trainer_state.json", "steps.jsonl")
+HOSTILE: dict[str, Callable[[Path, Path], bytes]] = {
+    "pickle": lambda file, mark: pickle.dumps(Bomb(mark)),
+    "torch.save": lambda file, mark: saved_by_torch(Bomb(mark)),
+    "nothing": lambda file, mark: b"",
+    "a list": lambda file, mark: b"[1]",
+    "a number": lambda file, mark: b"7",
+    "a deep one": lambda file, mark: b"[" * 100_000,
+    "a long number": lambda file, mark: b"9" * 10_000,
+    "an absurd length": lambda file, mark: header(b"{}", 1 << 62),
+    "an absurd shape": lambda file, mark: header(
+        b'{"0.weight":{"dtype":"F32","shape":[4611686018427387904,4],"data_offsets":[0,16]}}'
+    ),
+    "no tensors": lambda file, mark: header(b"{}      "),
+}
+
+
+def saved_by_torch(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", [*TENSORS, *VALUES])
+def test_file_that_is_something_else_is_named_and_never_executed(tmp_path: Path, name: str) -> None:
+    for kind, content in HOSTILE.items():
+        folder, mark = tmp_path / kind, tmp_path / "mark"
+        folder.mkdir()
+        model, optimizer, scheduler = parts("adamw")
+        advance(model, optimizer, scheduler, 1)
+        save(folder, model, optimizer, scheduler)
+        load(folder)
+        (folder / name).write_bytes(content(folder / name, mark))
+        with pytest.raises(DataError, match=rf"checkpoint {kind}: .*({name}|its parameters)"):
+            load(folder)
+        assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("state.json", "optimizer", None),
+        ("state.json", "optimizer.groups", 5),
+        ("state.json", "optimizer.state", [[]]),
+        ("state.json", "scheduler", {"step": 1}),
+        ("state.json", "scheduler", None),
+        ("state.json", "scaler", 3),
+        ("state.json", "rng", {}),
+        ("state.json", "rng.python.words", ["x"] * 625),
+        ("state.json", "rng.python.words", [10**30] * 625),
+        ("state.json", "rng.cpu", {"__tensor__": "../../x"}),
+        ("state.json", "rng.numpy.name", "__import__"),
+        ("trainer_state.json", "global_step", 3),
+        ("trainer_state.json", "global_step", "1"),
+        ("trainer_state.json", "train_batch_size", "8"),
+        ("trainer_state.json", "log_history", 4),
+        ("trainer_state.json", "__class__", {}),
+        ("steps.jsonl", "step", 2),
+        ("steps.jsonl", "step", None),
+        ("steps.jsonl", "__class__", 2),
+    ],
+)
+def test_value_of_another_type_is_named(tmp_path: Path, name: str, key: str, value: Any) -> None:
+    save(tmp_path, *parts("adamw"))
+    (tmp_path / name).write_bytes(changed(tmp_path / name, key, value))
+    with pytest.raises(DataError, match=f"{name}.*is not what a run saves"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

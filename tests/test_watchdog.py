@@ -17,7 +17,7 @@ from runner.supervisor.remains import last_error
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome
 from runner.supervisor.watchdog import FLOOR, WAIT, Watchdog
-from tests.test_launch import Bench, at
+from tests.machines import Bench, at
 
 TICK = ranks.TICK
 QUIET = f"no sign of life for {FLOOR:.0f} s"
@@ -156,11 +156,6 @@ def test_what_was_ended_near_the_limit_is_out_of_memory(tmp_path: Path) -> None:
 
 
 # --- a whole run ---
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path)
 
 
 def impatient(bench: Bench) -> Callable[[], None]:

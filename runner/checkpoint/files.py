@@ -38,7 +38,7 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    size: int
+    size: int = Field(ge=0)
     """Bytes."""
     sha256: str
     """Hexadecimal."""
@@ -132,7 +132,7 @@ def read(folder: Path) -> Sealed:
         raise _unreadable(name, path, error) from error
     try:
         document = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"checkpoint {name}: {MANIFEST} is not JSON: {error}") from error
     refuse_newer(document, f"checkpoint {name}")
     try:

@@ -16,12 +16,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from runner.checkpoint.files import FORMAT, FileRecord, refuse_newer
 from runner.errors import DataError
@@ -45,6 +46,14 @@ RETAINED = 64
 """Most checkpoints in `HEAD`, which is read and written whole."""
 
 _BAD_KEPT = 64
+
+_EPOCH = re.compile(r"(?:blobs/|checkpoints/[0-9]+-)([0-9]+)[/-]")
+
+_RELATIVE = r"^[^./][^/]*(/[^./][^/]*)*$"
+"""A key without a part that leads out of the store."""
+
+_LONGEST_NAME = 255
+"""Bytes of a file's name, on every file system of Linux and macOS."""
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -71,7 +80,7 @@ class Entry(BaseModel):
 
     id: str
     step: int
-    key: str
+    key: str = Field(pattern=_RELATIVE)
     """Of its manifest."""
     manifest_sha256: str
 
@@ -117,9 +126,9 @@ class Head(BaseModel):
 
 
 class Blob(FileRecord):
-    """One file of a checkpoint."""
+    """One file of a checkpoint. What is garbage is deleted by its key, so that leads nowhere else."""
 
-    key: str
+    key: str = Field(pattern=_RELATIVE)
 
 
 class Manifest(BaseModel):
@@ -142,6 +151,10 @@ class Manifest(BaseModel):
             path = PurePosixPath(name)
             if name != path.as_posix() or path.is_absolute() or not path.parts or ".." in path.parts:
                 raise ValueError(f"{name!r} would lie outside the checkpoint")
+            if not name.isprintable() or max(len(part.encode()) for part in path.parts) > _LONGEST_NAME:
+                raise ValueError(f"{name!r} is no name of a file")
+            if any(parent.as_posix() in files for parent in path.parents):
+                raise ValueError(f"{name!r} would lie inside a file")
         return files
 
 
@@ -167,10 +180,9 @@ def blob_key(epoch: int, sha256: str, copy: int) -> str:
 
 
 def epoch_of(key: str) -> int:
-    """The epoch in the key of a blob or a manifest."""
-    if key.startswith(BLOBS):
-        return int(key.removeprefix(BLOBS).partition("/")[0])
-    return int(key.removeprefix(MANIFESTS).split("-")[1])
+    """The epoch in the key of a blob or a manifest; of any other key one above all: nobody deletes it."""
+    found = _EPOCH.match(key)
+    return sys.maxsize if found is None else int(found[1])
 
 
 def is_manifest(key: str) -> bool:
@@ -221,7 +233,7 @@ def decode(kind: type[M], data: bytes, what: str) -> M:
         document: Any = json.loads(data)
         refuse_newer(document, what)
         value = kind.model_validate(document)
-    except (ValueError, ValidationError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{what}: cannot be read as a {kind.__name__.lower()}") from error
     body = {name: field for name, field in document.items() if name not in ("format", "sha256")}
     if document.get("sha256") != _checksum(body):

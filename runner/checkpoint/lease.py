@@ -28,7 +28,7 @@ from runner.checkpoint.head import (
     is_manifest,
     successor,
 )
-from runner.checkpoint.store import Clock, Object, Patience, Store, Transient
+from runner.checkpoint.store import Clock, Object, Patience, Store, Transient, understood
 from runner.errors import DataError, NotOwner, Preempted, RunnerError, StorageError
 
 POLL = 5.0
@@ -194,8 +194,7 @@ class Lease:
         first: str | None = None
         etag, since = None, self._clock.now()
         while True:
-            found = self._store.read(HEAD)
-            head = None if found is None else _decoded(self._store, found)
+            found, head = self._read()
             if found is not None and found.etag != etag:
                 etag, since = found.etag, self._clock.now()
                 first = first or etag
@@ -283,27 +282,35 @@ class Lease:
             f"{self._store.place}: {HEAD} does not change when it should; remedy: check the store"
         )
         data = encode(new)
+        unanswered: Transient | None = None
         try:
             if (done := self._store.swap(HEAD, data, etag)) is not None:
                 return Object(data, done)
         except Transient as error:
-            final = error.final
-        found = self._store.read(HEAD)
-        if found is None:
+            unanswered, final = error, error.final
+        found, head = self._read()
+        if found is None or head is None:
             if etag is None:
                 raise Transient(final)
             raise DataError(
                 f"{self._store.place}: {HEAD} has vanished; remedy: find out who deletes there, then runner "
                 "checkpoints adopt"
             )
-        head = _decoded(self._store, found)
         match fate(head, found.etag == etag, self._sent):
             case Fate.NOTHING:
                 raise Transient(final)
             case Fate.FENCED:
                 raise self._foreign(head)
             case Fate.WON:
+                if unanswered is not None:
+                    self._patience.note(unanswered)
                 return found
+
+    def _read(self) -> tuple[Object | None, Head | None]:
+        return understood(self._store, HEAD, lambda held: _decoded(self._store, held), self._patience) or (
+            None,
+            None,
+        )
 
     def _foreign(self, head: Head) -> RunnerError:
         owner = head.owner

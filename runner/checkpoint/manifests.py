@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from runner.checkpoint.head import Entry, Manifest, decode, encode
 from runner.checkpoint.store import Missing, Store
@@ -13,10 +15,15 @@ TRIES = 2
 
 
 class Manifests:
-    """Manifests by key, from memory or from the store."""
+    """Manifests by key, from memory or from the store.
 
-    def __init__(self, store: Store) -> None:
+    Args:
+        say: takes an event about one that is read again.
+    """
+
+    def __init__(self, store: Store, say: Callable[[Mapping[str, Any]], None] = lambda event: None) -> None:
         self._store = store
+        self._say = say
         self._kept: dict[str, Manifest] = {}
 
     def keep(self, key: str, manifest: Manifest) -> Entry:
@@ -47,4 +54,6 @@ class Manifests:
             if hashlib.sha256(found.data).hexdigest() == entry.manifest_sha256:
                 self._kept[entry.key] = decode(Manifest, found.data, place)
                 return self._kept[entry.key]
-        raise DataError(f"checkpoint {entry.id}: {place} is not the manifest that was committed")
+            reason = f"checkpoint {entry.id}: {place} is not the manifest that was committed"
+            self._say({"event": "store", "message": reason, "waited": 0.0})
+        raise DataError(reason)

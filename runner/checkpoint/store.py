@@ -178,10 +178,34 @@ class Patience:
                 waited = self._clock.now() - began
                 if waited + pause > self._seconds:
                     raise error.final from error
-                with self._lock:  # calls of several threads share one log
-                    self._say({"event": "store", "message": str(error), "waited": round(waited, 1)})
+                self.note(error, waited)
             self._clock.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def note(self, error: Transient, waited: float = 0.0) -> None:
+        """Tell of a failure; also of one that nobody has to wait for."""
+        with self._lock:  # calls of several threads share one log
+            self._say({"event": "store", "message": str(error), "waited": round(waited, 1)})
+
+
+def understood(
+    store: Store, key: str, decode: Callable[[Object], T], patience: Patience
+) -> tuple[Object, T] | None:
+    """An object and what it says, None if there is none. Read once more where it makes no sense: the way may
+    be at fault.
+
+    Raises:
+        DataError: as `decode` does, of the second answer.
+    """
+    found = store.read(key)
+    if found is None:
+        return None
+    try:
+        return found, decode(found)
+    except DataError as error:
+        patience.note(Transient(error))
+    found = store.read(key)
+    return None if found is None else (found, decode(found))
 
 
 def probe(store: Store) -> str | None:

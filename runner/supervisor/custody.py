@@ -28,7 +28,7 @@ from runner.checkpoint.manifests import Manifests
 from runner.checkpoint.place import open_store, run_place
 from runner.checkpoint.restore import download, restore
 from runner.checkpoint.ship import EventParts, Holding, Shipper
-from runner.checkpoint.store import Interruptible, Patience, probe, unfit
+from runner.checkpoint.store import Interruptible, Patience, probe, understood, unfit
 from runner.durable import disk, write_text
 from runner.errors import DataError, Preempted, RunnerError
 from runner.manifest import Job
@@ -80,7 +80,7 @@ class Custody:
         self._memory_peak = memory_peak
         settings = job.checkpoints
         self._clock = Interruptible()
-        patience = Patience(settings.patience_seconds, self._clock, journal.say)
+        self._patience = patience = Patience(settings.patience_seconds, self._clock, journal.say)
         self.place = Place(run_place(settings.uri, job.name, folder.path), folder.path)
         store = open_store(
             self.place.store,
@@ -96,7 +96,7 @@ class Custody:
             lock=lock,
         )
         lease = Lease(store, owner, self._clock, patience, TTL, self._along)
-        manifests = Manifests(store)
+        manifests = Manifests(store, journal.say)
         committer = Committer(store, lease, manifests, settings.keep_last)
         # In the run's own folder nobody reads who could not pin.
         grace = 0.0 if settings.uri is None else GRACE
@@ -144,13 +144,20 @@ class Custody:
             DataError: the run began elsewhere, or what was here is gone.
         """
         store = self._holding.store
-        found = self._call(lambda: store.read(IDENTITY))
+        place = f"{store.place}/{IDENTITY}"
+        found = self._call(
+            lambda: understood(
+                store, IDENTITY, lambda read: identity.decode(read.data, place), self._patience
+            )
+        )
         if found is not None:
-            return identity.decode(found.data, f"{store.place}/{IDENTITY}")
+            return found[1]
         here = identity.read(self._folder.identity)
         if here is not None:
             before = (here.job.get("checkpoints") or {}).get("uri")
             began = run_place(before, self._job.name, self._folder.path)
+            if began == store.place:
+                raise self._unidentified()
             raise DataError(
                 f"{store.place}: nothing is there of the run that {self._folder.path} belongs to, which "
                 f"began with checkpoints in {began}; remedy: set checkpoints.uri back, copy what is there to "
@@ -160,9 +167,12 @@ class Custody:
 
     def is_done(self) -> bool:
         """Whether the run is known to be done; it never begins again."""
-        found = self._call(lambda: self._holding.store.read(HEAD))
+        store = self._holding.store
         with contextlib.suppress(DataError):  # what is wrong with it is said by whoever takes it
-            return found is not None and decode(Head, found.data, HEAD).state == "done"
+            found = self._call(
+                lambda: understood(store, HEAD, lambda read: decode(Head, read.data, HEAD), self._patience)
+            )
+            return found is not None and found[1].state == "done"
         return False
 
     def probe(self) -> None:
@@ -252,16 +262,20 @@ class Custody:
             DataError: the run has checkpoints, so it was there once.
         """
         if self.newest is not None:
-            raise DataError(
-                f"{self.place.store}: {IDENTITY} is missing, and it alone says what the checkpoints belong "
-                f"to; remedy: put it back from a copy, as {self._folder.identity} of a machine that ran it"
-            )
+            raise self._unidentified()
         data = identity.encode(new)
         if not self._call(lambda: self._holding.store.create(IDENTITY, data)):
             found = self.identity()
             assert found is not None
             return found
         return new
+
+    def _unidentified(self) -> DataError:
+        return DataError(
+            f"{self.place.store}: {IDENTITY} is missing, and it alone says what the checkpoints belong to; "
+            f"remedy: put it back from a copy, as {self._folder.identity} of a machine that ran it; or, to "
+            f"start over, {self.place.remedy}"
+        )
 
     def mirror(self, stored: Identity) -> None:
         """Keep the copy on this machine."""

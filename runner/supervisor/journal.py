@@ -11,7 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from runner import events
+from runner.errors import DataError
 from runner.events import Event, EventLog
 from runner.supervisor.progress import Screen
 from runner.supervisor.result import Record
@@ -38,9 +41,20 @@ class Journal:
 
         Args:
             here: the last supervisor wrote to this same `file`, which has what it did since.
+
+        Raises:
+            DataError: it is no such record.
         """
         with self._lock:
-            kept = Record.model_validate(record)
+            try:
+                kept = Record.model_validate(record)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(str(part) for part in first["loc"])
+                raise DataError(
+                    f"HEAD: record: {place}: {first['msg']}; remedy: put HEAD back from a copy, or runner "
+                    "checkpoints adopt with the newest manifest"
+                ) from error
             if here:
                 for event in events.read(file, kept.size):
                     kept.note(event)

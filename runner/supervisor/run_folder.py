@@ -104,20 +104,19 @@ class RunFolder:
         file = self.path / ".lock"
         with disk("create the run's folder", self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = file.open("a+", encoding="utf-8")
+            handle = file.open("ab+", buffering=0)  # a full disk is met by the write, not when it is closed
         with handle:
             with disk("take the run's lock", file):
                 if not _locked(handle.fileno()):
                     handle.seek(0)
-                    owner = handle.read().strip() or "another process"
+                    owner = handle.read().decode("utf-8", "replace").strip() or "another process"
                     raise NotOwner(
                         f"run {self.path.name}: {owner} works in {self.path}; remedy: wait for it, or stop "
                         "it (it saves first) and give the same command again"
                     )
                 # For the message above only; nothing is decided by it.
                 handle.truncate(0)
-                handle.write(f"process {os.getpid()} on {socket.gethostname()}")
-                handle.flush()
+                handle.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
                 found = os.fstat(handle.fileno())
             boot = Path("/proc/sys/kernel/random/boot_id")
             known = boot.read_text().strip() if boot.exists() else None

@@ -11,23 +11,36 @@
 Tensors and other values of a nested state are split by `split` and joined again by `join`. Optimizer
 states go through the optimizer's public `state_dict` and are keyed by parameter name, so a resume does not
 depend on the order of parameters. A resume does not read `adapter_config.json`: the job says what it says.
+
+A checkpoint comes from a bucket, and whoever writes there may have made it: whatever a file turns out to be,
+it is read as data, and one that is not what a run saves is a `DataError` that names it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint import adapter_file
-from runner.errors import DataError
+from runner.durable import disk
+from runner.errors import DataError, RunnerError
 from runner.train import rng
+from runner.train.memory import is_out_of_memory
 
 PARAMETERS = adapter_file.PARAMETERS
 OPTIMIZER = "optimizer.safetensors"
@@ -36,6 +49,19 @@ STATE = "state.json"
 STEPS = "steps.jsonl"
 
 _TENSOR = "__tensor__"
+
+_NOT_OURS = (
+    AttributeError,
+    IndexError,
+    KeyError,
+    OSError,
+    OverflowError,
+    RuntimeError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+"""What reading a file raises that is something else than what a run saves there."""
 
 
 @dataclass(frozen=True)
@@ -105,6 +131,9 @@ def save(
     Args:
         data: fingerprint of the prepared rows; a resume on other rows is refused.
         scaler: the float16 loss scaler, or null.
+
+    Raises:
+        StorageError, AccessDenied: the disk; what was written is removed again.
     """
     tensors: dict[str, torch.Tensor] = {}
     values = {
@@ -115,16 +144,33 @@ def save(
     }
     generators: dict[str, torch.Tensor] = {}
     values["rng"] = split(rng.capture(), "rng", generators)
-    save_file(
-        {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()},
-        folder / PARAMETERS,
-    )
-    save_file(tensors, folder / OPTIMIZER)
-    save_file(generators, folder / RNG)
-    (folder / STATE).write_text(json.dumps(values))
-    (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
-    if isinstance(model, PeftModel):
-        save_adapter_config(folder, model)
+    parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
+    with _writing(folder):
+        save_file(parameters, folder / PARAMETERS)
+        save_file(tensors, folder / OPTIMIZER)
+        save_file(generators, folder / RNG)
+        (folder / STATE).write_text(json.dumps(values))
+        (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
+        if isinstance(model, PeftModel):
+            save_adapter_config(folder, model)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside, files are written. Half of them would take the room that an outcome needs."""
+    try:
+        with disk("save a checkpoint", folder):
+            try:
+                yield
+            except SafetensorError as error:
+                # safetensors (0.8) has no other way to say it.
+                found = re.search(r"os error (\d+)", str(error))
+                if found is None:
+                    raise
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+    except RunnerError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def save_adapter_config(folder: Path, model: PeftModel) -> None:
@@ -175,7 +221,7 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     Raises:
         DataError: the checkpoint's parameters are not this model's.
     """
-    saved = load_file(folder / PARAMETERS)
+    saved = _tensors(folder, PARAMETERS)
     live = trainable(model)
     odd = sorted(saved.keys() ^ live.keys()) or [
         name for name, parameter in live.items() if saved[name].shape != parameter.shape
@@ -193,10 +239,21 @@ def load_optimizer(
     folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
 ) -> None:
     """Put the saved moments, steps and learning rates back: moments by name, hyperparameters by group."""
-    tensors = load_file(folder / OPTIMIZER)
+    tensors = _tensors(folder, OPTIMIZER)
     values = _values(folder)
+    with _reading(folder, f"{STATE} or {OPTIMIZER}"):
+        _load_optimizer(values["optimizer"], tensors, model, optimizer)
+        if values["scheduler"].keys() != scheduler.state_dict().keys():
+            raise ValueError("it is the state of another scheduler")
+        scheduler.load_state_dict(values["scheduler"])
+
+
+def _load_optimizer(
+    saved: Any, tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    if not isinstance(saved["state"], dict):
+        raise TypeError("the optimizer's state is no object")
     names = {id(parameter): name for name, parameter in trainable(model).items()}
-    saved = values["optimizer"]
     state: dict[int, Any] = {}
     groups = []
     index = 0
@@ -214,31 +271,72 @@ def load_optimizer(
                 hyperparameters[key] = tuple(value)
         groups.append({**hyperparameters, "params": indices})
     optimizer.load_state_dict({"state": state, "param_groups": groups})
-    scheduler.load_state_dict(values["scheduler"])
 
 
 def load_scaler(folder: Path, scaler: Any) -> None:
     """Put the float16 loss scaler back."""
-    saved = _values(folder)["scaler"]
-    if saved:
-        scaler.load_state_dict(saved)
+    with _reading(folder, STATE):
+        saved = _values(folder)["scaler"]
+        if saved:
+            scaler.load_state_dict(saved)
 
 
 def load_rng(folder: Path) -> None:
     """Put the generators back to where they were when the checkpoint was saved."""
-    rng.restore(join(_values(folder)["rng"], load_file(folder / RNG)))
+    values, tensors = _values(folder), _tensors(folder, RNG)
+    with _reading(folder, f"{STATE} or {RNG}"):
+        rng.restore(join(values["rng"], tensors))
 
 
 def load_steps(folder: Path) -> list[Step]:
-    """The record of every step up to the checkpoint."""
-    return [Step(**json.loads(line)) for line in (folder / STEPS).read_text().splitlines()]
+    """The record of every step up to the checkpoint.
+
+    Raises:
+        DataError: it is no such record, or transformers' TrainerState is at another step.
+    """
+    with _reading(folder, STEPS):
+        steps = [Step(**json.loads(line)) for line in (folder / STEPS).read_text().splitlines()]
+        if [step.step for step in steps] != list(range(1, len(steps) + 1)) or not steps:
+            raise ValueError("its steps do not count from 1")
+    with _reading(folder, TRAINER_STATE_NAME):
+        kept = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+        if kept.global_step != steps[-1].step or not isinstance(kept.log_history, list):
+            raise ValueError(f"it is not at step {steps[-1].step}")
+        if not isinstance(kept.train_batch_size, int | None):
+            raise ValueError(f"train_batch_size is {kept.train_batch_size!r}")
+    return steps
 
 
 def data_fingerprint(folder: Path) -> str:
     """The fingerprint of the rows that the checkpoint was trained on."""
-    return str(_values(folder)["data"])
+    with _reading(folder, STATE):
+        return str(_values(folder)["data"])
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, file: str) -> Iterator[None]:
+    """Inside, a file is read that somebody else may have written."""
+    try:
+        yield
+    except _NOT_OURS as error:
+        if is_out_of_memory(error):
+            raise
+        said = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
+        raise DataError(
+            f"checkpoint {folder.name}: {file} is not what a run saves ({said}); remedy: find out who "
+            "writes to the run's store, and take this checkpoint out of it"
+        ) from error
+
+
+def _tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
+    with _reading(folder, file):
+        tensors: dict[str, torch.Tensor] = load_file(folder / file)
+        return tensors
 
 
 def _values(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / STATE).read_text())
-    return values
+    with _reading(folder, STATE):
+        values = json.loads((folder / STATE).read_text())
+        if not isinstance(values, dict):
+            raise TypeError("it is no object")
+        return values

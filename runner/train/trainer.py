@@ -20,6 +20,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint.files import publish, seal
+from runner.durable import disk
 from runner.errors import DataError, RunnerError
 from runner.plan import Geometry, Plan, batch_record, checkpoint_id
 from runner.train import rng, state
@@ -197,7 +198,8 @@ class RunTrainer(Trainer):
             data=self._rows.fingerprint,
             steps=self.steps,
         )
-        self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
+        with disk("save a checkpoint", saving):
+            self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
         name = checkpoint_id(self._plan, done)
         extra = {"batch": batch_record(self._plan.job, self._plan.geometry)}
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
