@@ -13,7 +13,7 @@ import pytest
 
 from runner import events
 from runner.checkpoint.files import publish, seal
-from runner.errors import DataError
+from runner.errors import DataError, Preempted
 from runner.events import EventLog
 from runner.manifest import Job
 from runner.supervisor.custody import Custody
@@ -178,6 +178,35 @@ def test_run_whose_identity_is_gone_is_not_begun_again(world: World) -> None:
     world.with_steps(5)
     with world.taken() as custody, pytest.raises(DataError, match=r"run\.json is missing"):
         custody.begin(Identity(job=SMALL, pins={}, fingerprints={}, versions={}))
+
+
+def final(world: World) -> Path:
+    """What a run ends with."""
+    folder = world.run / "final"
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    seal(folder, id="final", step=5, parent=FIVE, extra={})
+    return folder
+
+
+def test_end_that_a_second_notice_gives_up_is_no_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.with_steps(5)
+    with world.custody() as custody:
+        monkeypatch.setattr(custody.shipper, "start", lambda: None)  # it is busy: the end waits
+        assert custody.take(lambda look: None)
+        custody._notices.first, custody._notices.hurry = "SIGTERM", True
+        with pytest.raises(Preempted, match="SIGTERM: stopped before the store had what the run ends with"):
+            custody.finish(final(world))
+    assert world.newest() == 5  # and the run goes on
+
+
+def test_end_that_does_not_verify_is_no_end(world: World) -> None:
+    world.with_steps(5)
+    folder = final(world)
+    (folder / "result.json").write_text("{ }")
+    with world.taken() as custody, pytest.raises(DataError, match="changed while it was sent"):
+        custody.finish(folder)
+    assert world.newest() == 5
 
 
 # --- killed at every operation ---

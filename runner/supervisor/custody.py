@@ -342,9 +342,24 @@ class Custody:
             raise self.shipper.failure
 
     def finish(self, folder: Path) -> None:
-        """Commit what the run ends with, a sealed folder, and that it is done."""
+        """Commit what the run ends with, a sealed folder, and that it is done.
+
+        Raises:
+            Preempted: a second notice came first.
+            DataError: the folder does not verify any more.
+        """
         self.shipper.offer(folder, "final")
         self.drain()
+        if self.head.state != "done":
+            if self._notices.hurry:
+                raise Preempted(
+                    f"{self._notices.first}: stopped before the store had what the run ends with; the same "
+                    "command goes on"
+                )
+            raise DataError(
+                f"{folder}: what the run ends with changed while it was sent; remedy: let nobody write in "
+                f"{self._folder.path}, and give the same command again"
+            )
 
     def fetch_final(self, folder: Path) -> Path | None:
         """What a done run ended with, in a folder inside `folder`; None if that was not kept."""
