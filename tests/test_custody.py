@@ -17,6 +17,7 @@ from runner.errors import DataError, Preempted
 from runner.events import EventLog
 from runner.manifest import Job
 from runner.supervisor.custody import Custody
+from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
 from runner.supervisor.progress import Screen
 from runner.supervisor.ranks import Notices
@@ -207,6 +208,39 @@ def test_end_that_does_not_verify_is_no_end(world: World) -> None:
     with world.taken() as custody, pytest.raises(DataError, match="changed while it was sent"):
         custody.finish(folder)
     assert world.newest() == 5
+
+
+def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+    def fill(name: str, **files: str) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        for file, content in files.items():
+            path = folder.path / file.replace("__", "/").replace("_json", ".json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return folder
+
+    there = fill(
+        "there", adapter__weights="new", evaluation__before_json="new", evaluation__after_json="new",
+        result_json="new",
+    )  # fmt: skip
+    here = fill(
+        "here", adapter__weights="old", adapter__other="old", evaluation__before_json="old",
+        evaluation__mine_json="mine", result_json="old",
+    )  # fmt: skip
+    gathered = gather(there, 5, FIVE)
+    spread(gathered.rename(here.path / "final"), here)
+    found = {
+        path.relative_to(here.path).as_posix(): path.read_text()
+        for path in here.path.rglob("*")
+        if path.is_file()
+    }
+    assert found == {
+        "adapter/weights": "new",
+        "evaluation/before.json": "new",
+        "evaluation/after.json": "new",
+        "evaluation/mine.json": "mine",
+        "result.json": "new",
+    }
 
 
 # --- killed at every operation ---
