@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import pytest
 
 from runner import events
 from runner.checkpoint.files import publish, seal
+from runner.checkpoint.lease import Lease
 from runner.errors import DataError, Preempted
 from runner.events import EventLog
 from runner.manifest import Job
+from runner.supervisor import custody as custody_module
 from runner.supervisor.custody import Custody
 from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
@@ -241,6 +244,34 @@ def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
         "evaluation/mine.json": "mine",
         "result.json": "new",
     }
+
+
+def test_run_that_is_taken_while_something_else_is_done_is_renewed_and_given_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "SHORT", 0.0)
+    monkeypatch.setattr(custody_module, "RENEW_EVERY", 0.05)
+    read = Lease.take
+
+    def slow(lease: Lease) -> bool:
+        time.sleep(0.2)
+        return read(lease)
+
+    monkeypatch.setattr(Lease, "take", slow)
+    with world.custody() as custody:
+
+        def fetch(look: Callable[[], str | None]) -> None:
+            until = time.monotonic() + 10
+            while not custody.taken or custody.head.seq < 3:
+                assert time.monotonic() < until
+                look()
+                time.sleep(0.02)
+            raise Preempted("SIGTERM: stopped while fetching")
+
+        with pytest.raises(Preempted):
+            custody.take(fetch)
+    head = custody.head
+    assert (head.state, head.epoch) == ("released", 1)
 
 
 # --- killed at every operation ---

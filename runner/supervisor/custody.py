@@ -192,15 +192,20 @@ class Custody:
             NotOwner, Preempted: another process works on the run, or a notice came.
             DataError: the state of the run is missing or damaged.
         """
-        self.taken = self._call(self._holding.lease.take, meanwhile)
-        if self.taken:
-            before = self.predecessor
-            here = before is not None and self._lock is not None and before.owner.lock == self._lock
-            self._journal.resume(self.head.record, here, self._folder.events)
-            self._prepare()
-            self.shipper.start()
-            self._journal.say({"event": "owner", "epoch": self.epoch, "place": self.place.store})
-        return self.taken
+        return self._call(self._take, meanwhile)
+
+    def _take(self) -> bool:
+        """Take, and renew from then on: what is done meanwhile may last longer than the lease."""
+        if not self._holding.lease.take():
+            return False
+        self.taken = True
+        before = self.predecessor
+        here = before is not None and self._lock is not None and before.owner.lock == self._lock
+        self._journal.resume(self.head.record, here, self._folder.events)
+        self._prepare()
+        self.shipper.start()
+        self._journal.say({"event": "owner", "epoch": self.epoch, "place": self.place.store})
+        return True
 
     def glance(self) -> str | None:
         """Look up from other work: show what was said, raise what ended the shipping."""
