@@ -15,7 +15,7 @@ import pytest
 from runner import events
 from runner.checkpoint.files import publish, seal
 from runner.checkpoint.lease import Lease
-from runner.errors import DataError, Preempted
+from runner.errors import AccessDenied, DataError, Preempted
 from runner.events import EventLog
 from runner.manifest import Job
 from runner.supervisor import custody as custody_module
@@ -272,6 +272,20 @@ def test_run_that_is_taken_while_something_else_is_done_is_renewed_and_given_bac
             custody.take(fetch)
     head = custody.head
     assert (head.state, head.epoch) == ("released", 1)
+
+
+def test_commit_that_failed_is_never_taken_for_one_that_is_through(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(key: str, data: bytes, etag: str | None) -> str | None:
+        raise AccessDenied("the right is gone")
+
+    with world.taken() as custody:
+        monkeypatch.setattr(custody._holding.store, "swap", swap)
+        monkeypatch.setattr(custody.shipper, "_wake", lambda: time.sleep(0.3))  # the thread is slow here
+        custody.shipper.offer(make(world.run, 5, None))
+        with pytest.raises(AccessDenied):
+            custody.drain()
 
 
 # --- killed at every operation ---
