@@ -15,7 +15,8 @@ import pytest
 from runner import events
 from runner.checkpoint.files import publish, seal
 from runner.checkpoint.lease import Lease
-from runner.errors import AccessDenied, DataError, Preempted
+from runner.checkpoint.store import Transient
+from runner.errors import AccessDenied, DataError, Preempted, StorageError
 from runner.events import EventLog
 from runner.manifest import Job
 from runner.supervisor import custody as custody_module
@@ -286,6 +287,59 @@ def test_commit_that_failed_is_never_taken_for_one_that_is_through(
         custody.shipper.offer(make(world.run, 5, None))
         with pytest.raises(AccessDenied):
             custody.drain()
+
+
+def silence(custody: Custody, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the store changes nothing."""
+
+    def swap(key: str, data: bytes, etag: str | None) -> str | None:
+        raise Transient(StorageError("no answer"))
+
+    monkeypatch.setattr(custody._holding.store, "swap", swap)
+
+
+def until(so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_store_that_is_silent_at_the_end_does_not_hold_the_command(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "TTL", 0.5)
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+    assert time.monotonic() - began < 10
+    assert "the run is not given back" in world.said("warning")[0]["message"]
+
+
+def test_second_notice_does_not_wait_for_a_silent_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "LAST", 0.5)
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+        custody.shipper.offer(make(world.run, 5, None))
+        until(lambda: bool(world.said("store")))  # it is under way
+        custody._notices.first, custody._notices.hurry = "SIGINT", True
+        with pytest.raises(Preempted, match="no time is left"):
+            custody.drain()
+    assert time.monotonic() - began < 10
+    assert world.outbox() == [FIVE]
+
+
+def test_failed_lease_ends_the_wait_of_a_commit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+        custody.shipper.offer(make(world.run, 5, None))
+        until(lambda: bool(world.said("store")))
+        custody.shipper.failure = StorageError("the keeper has given up")
+    assert time.monotonic() - began < 10
 
 
 # --- killed at every operation ---

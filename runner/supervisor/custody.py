@@ -8,9 +8,11 @@ Nothing here starts a trainer. Waiting for a store is done so that a notice ends
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ from runner.checkpoint.restore import download, restore
 from runner.checkpoint.ship import EventParts, Holding, Shipper
 from runner.checkpoint.store import Interruptible, Patience, probe, unfit
 from runner.durable import disk, write_text
-from runner.errors import DataError, Preempted, RunnerError
+from runner.errors import DataError, Preempted, RunnerError, StorageError
 from runner.manifest import Job
 from runner.supervisor import identity
 from runner.supervisor.identity import Identity, Place
@@ -43,6 +45,9 @@ LOOK = 0.2
 
 SHORT = 1.0
 """Seconds that a lease may take before its waiter does something useful meanwhile."""
+
+LAST = 10.0
+"""Seconds that a silent store is waited for after a second notice."""
 
 JOB_IDS = ("RUNNER_JOB_UID", "AWS_BATCH_JOB_ID", "SLURM_JOB_ID")
 """Variables that name the orchestrator's job, the first that is set: its processes are siblings."""
@@ -325,18 +330,21 @@ class Custody:
         """Wait until everything that was offered is in the store.
 
         Args:
-            deadline: on the monotonic clock; a store that is silent then is not waited for any more.
+            deadline: on the monotonic clock; a store that is silent then is not waited for any more. After a
+                second notice it is `LAST` at most.
 
         Raises:
             RunnerError: what ended the shipping.
         """
+        last: float | None = None
         while not self.shipper.idle:
             self._journal.show()
             self._notices.poll()
             if self._notices.hurry:
                 self.shipper.forget_waiting()
-            if deadline is not None and time.monotonic() >= deadline:
-                self._clock.end(Preempted("the grace period is over before the store had everything"))
+                last = time.monotonic() + LAST if last is None else last
+            if min(deadline or math.inf, last or math.inf) <= time.monotonic():
+                self._clock.end(Preempted("no time is left, and the store does not have everything"))
             self.shipper.wait(LOOK)
         self._journal.show()
         self.check()
@@ -375,9 +383,17 @@ class Custody:
         return self._call(lambda: download(holding.store, holding.manifests.get(final), folder)).folder
 
     def close(self) -> None:
-        """Send what is left, end the threads, and give the run back."""
+        """Send what is left, end the threads, and give the run back.
+
+        A store that is silent is waited for no longer than the next owner would wait otherwise.
+        """
         holding = self._holding
         if self.taken:
+            if self.shipper.failure is not None:
+                self._clock.end(self.shipper.failure)
+            enough = StorageError("the store is silent")
+            timer = threading.Timer(LAST if self._notices.hurry else TTL, self._clock.end, (enough,))
+            timer.start()
             self.shipper.close()
             self._journal.show()
             if self.shipper.failure is None and self.head.state == "held":
@@ -387,6 +403,7 @@ class Custody:
                 except RunnerError as error:
                     text = f"the run is not given back, and its next owner waits for a minute: {error}"
                     self._journal.say({"event": "warning", "message": text})
+            timer.cancel()
         holding.store.close()
 
     def _published(self) -> list[Path]:
