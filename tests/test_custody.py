@@ -342,6 +342,17 @@ def test_failed_lease_ends_the_wait_of_a_commit(world: World, monkeypatch: pytes
     assert time.monotonic() - began < 10
 
 
+def test_files_of_others_in_the_store_are_left_alone(world: World) -> None:
+    store = world.run / "checkpoints"
+    for place in ("blobs/.DS_Store", "checkpoints/.nfs0001", "blobs/000001/note.txt"):
+        (store / place).parent.mkdir(parents=True, exist_ok=True)
+        (store / place).write_text("not ours")
+    world.with_steps(5, 10, 15)
+    assert not world.said("warning")
+    assert world.newest() == 15
+    assert {path.name for path in store.rglob("*") if path.is_file()} >= {".DS_Store", ".nfs0001", "note.txt"}
+
+
 # --- killed at every operation ---
 
 
