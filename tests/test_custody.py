@@ -353,6 +353,32 @@ def test_files_of_others_in_the_store_are_left_alone(world: World) -> None:
     assert {path.name for path in store.rglob("*") if path.is_file()} >= {".DS_Store", ".nfs0001", "note.txt"}
 
 
+def test_probe_waits_for_a_store_that_is_silent_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.custody(str(world.runs / "store")) as custody:
+        swap, failures = custody._holding.store.swap, [Transient(StorageError("no answer"))]
+
+        def late(key: str, data: bytes, etag: str | None) -> str | None:
+            if failures:
+                raise failures.pop()
+            return swap(key, data, etag)
+
+        monkeypatch.setattr(custody._holding.store, "swap", late)
+        custody.probe()
+    assert len(world.said("store")) == 1
+
+
+def test_end_is_gathered_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    folder = RunFolder(tmp_path)
+    folder.result.write_text("{}")
+    monkeypatch.setattr(os, "link", link)
+    assert (gather(folder, 5, FIVE) / "result.json").read_text() == "{}"
+
+
 # --- killed at every operation ---
 
 

@@ -85,7 +85,7 @@ class Custody:
         self._memory_peak = memory_peak
         settings = job.checkpoints
         self._clock = Interruptible()
-        patience = Patience(settings.patience_seconds, self._clock, journal.say)
+        patience = self._patience = Patience(settings.patience_seconds, self._clock, journal.say)
         self.place = Place(run_place(settings.uri, job.name, folder.path), folder.path)
         store = open_store(
             self.place.store,
@@ -183,7 +183,7 @@ class Custody:
         if self._job.checkpoints.allow_unfenced:
             text = f"{store.place} is used unfenced: nothing but you keeps two commands off this run"
             self._journal.say({"event": "warning", "message": text})
-        elif (wrong := self._call(lambda: probe(store))) is not None:
+        elif (wrong := self._call(lambda: self._patience.run(lambda: probe(store)))) is not None:
             raise unfit(store.place, wrong)
 
     def take(self, meanwhile: Callable[[Callable[[], str | None]], None]) -> bool:
