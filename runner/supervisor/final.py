@@ -33,7 +33,10 @@ def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
             if source.is_file():
                 place = target / source.relative_to(folder.path)
                 place.parent.mkdir(exist_ok=True)
-                os.link(source, place)
+                try:
+                    os.link(source, place)
+                except OSError:  # a file system without links; it costs space
+                    shutil.copyfile(source, place)
         seal(target, id=FINAL, step=step, parent=parent, extra={})
     return target
 
