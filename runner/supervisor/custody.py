@@ -393,6 +393,7 @@ class Custody:
                 self._clock.end(self.shipper.failure)
             enough = StorageError("the store is silent")
             timer = threading.Timer(LAST if self._notices.hurry else TTL, self._clock.end, (enough,))
+            timer.daemon = True
             timer.start()
             self.shipper.close()
             self._journal.show()
