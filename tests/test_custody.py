@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,14 @@ import pytest
 
 from runner import events
 from runner.checkpoint.files import publish, seal
-from runner.errors import DataError
+from runner.checkpoint.lease import Lease
+from runner.checkpoint.store import Transient
+from runner.errors import AccessDenied, DataError, Preempted, StorageError
 from runner.events import EventLog
 from runner.manifest import Job
+from runner.supervisor import custody as custody_module
 from runner.supervisor.custody import Custody
+from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
 from runner.supervisor.progress import Screen
 from runner.supervisor.ranks import Notices
@@ -178,6 +183,200 @@ def test_run_whose_identity_is_gone_is_not_begun_again(world: World) -> None:
     world.with_steps(5)
     with world.taken() as custody, pytest.raises(DataError, match=r"run\.json is missing"):
         custody.begin(Identity(job=SMALL, pins={}, fingerprints={}, versions={}))
+
+
+def final(world: World) -> Path:
+    """What a run ends with."""
+    folder = world.run / "final"
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    seal(folder, id="final", step=5, parent=FIVE, extra={})
+    return folder
+
+
+def test_end_that_a_second_notice_gives_up_is_no_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world.with_steps(5)
+    with world.custody() as custody:
+        monkeypatch.setattr(custody.shipper, "start", lambda: None)  # it is busy: the end waits
+        assert custody.take(lambda look: None)
+        custody._notices.first, custody._notices.hurry = "SIGTERM", True
+        with pytest.raises(Preempted, match="SIGTERM: stopped before the store had what the run ends with"):
+            custody.finish(final(world))
+    assert world.newest() == 5  # and the run goes on
+
+
+def test_end_that_does_not_verify_is_no_end(world: World) -> None:
+    world.with_steps(5)
+    folder = final(world)
+    (folder / "result.json").write_text("{ }")
+    with world.taken() as custody, pytest.raises(DataError, match="changed while it was sent"):
+        custody.finish(folder)
+    assert world.newest() == 5
+
+
+def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
+    def fill(name: str, **files: str) -> RunFolder:
+        folder = RunFolder(tmp_path / name)
+        for file, content in files.items():
+            path = folder.path / file.replace("__", "/").replace("_json", ".json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
+        return folder
+
+    there = fill(
+        "there", adapter__weights="new", evaluation__before_json="new", evaluation__after_json="new",
+        result_json="new",
+    )  # fmt: skip
+    here = fill(
+        "here", adapter__weights="old", adapter__other="old", evaluation__before_json="old",
+        evaluation__mine_json="mine", result_json="old",
+    )  # fmt: skip
+    gathered = gather(there, 5, FIVE)
+    spread(gathered.rename(here.path / "final"), here)
+    found = {
+        path.relative_to(here.path).as_posix(): path.read_text()
+        for path in here.path.rglob("*")
+        if path.is_file()
+    }
+    assert found == {
+        "adapter/weights": "new",
+        "evaluation/before.json": "new",
+        "evaluation/after.json": "new",
+        "evaluation/mine.json": "mine",
+        "result.json": "new",
+    }
+
+
+def test_run_that_is_taken_while_something_else_is_done_is_renewed_and_given_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "SHORT", 0.0)
+    monkeypatch.setattr(custody_module, "RENEW_EVERY", 0.05)
+    read = Lease.take
+
+    def slow(lease: Lease) -> bool:
+        time.sleep(0.2)
+        return read(lease)
+
+    monkeypatch.setattr(Lease, "take", slow)
+    with world.custody() as custody:
+
+        def fetch(look: Callable[[], str | None]) -> None:
+            until = time.monotonic() + 10
+            while not custody.taken or custody.head.seq < 3:
+                assert time.monotonic() < until
+                look()
+                time.sleep(0.02)
+            raise Preempted("SIGTERM: stopped while fetching")
+
+        with pytest.raises(Preempted):
+            custody.take(fetch)
+    head = custody.head
+    assert (head.state, head.epoch) == ("released", 1)
+
+
+def test_commit_that_failed_is_never_taken_for_one_that_is_through(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swap(key: str, data: bytes, etag: str | None) -> str | None:
+        raise AccessDenied("the right is gone")
+
+    with world.taken() as custody:
+        monkeypatch.setattr(custody._holding.store, "swap", swap)
+        monkeypatch.setattr(custody.shipper, "_wake", lambda: time.sleep(0.3))  # the thread is slow here
+        custody.shipper.offer(make(world.run, 5, None))
+        with pytest.raises(AccessDenied):
+            custody.drain()
+
+
+def silence(custody: Custody, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on the store changes nothing."""
+
+    def swap(key: str, data: bytes, etag: str | None) -> str | None:
+        raise Transient(StorageError("no answer"))
+
+    monkeypatch.setattr(custody._holding.store, "swap", swap)
+
+
+def until(so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_store_that_is_silent_at_the_end_does_not_hold_the_command(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "TTL", 0.5)
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+    assert time.monotonic() - began < 10
+    assert "the run is not given back" in world.said("warning")[0]["message"]
+
+
+def test_second_notice_does_not_wait_for_a_silent_store(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custody_module, "LAST", 0.5)
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+        custody.shipper.offer(make(world.run, 5, None))
+        until(lambda: bool(world.said("store")))  # it is under way
+        custody._notices.first, custody._notices.hurry = "SIGINT", True
+        with pytest.raises(Preempted, match="no time is left"):
+            custody.drain()
+    assert time.monotonic() - began < 10
+    assert world.outbox() == [FIVE]
+
+
+def test_failed_lease_ends_the_wait_of_a_commit(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    began = time.monotonic()
+    with world.taken() as custody:
+        silence(custody, monkeypatch)
+        custody.shipper.offer(make(world.run, 5, None))
+        until(lambda: bool(world.said("store")))
+        custody.shipper.failure = StorageError("the keeper has given up")
+    assert time.monotonic() - began < 10
+
+
+def test_files_of_others_in_the_store_are_left_alone(world: World) -> None:
+    store = world.run / "checkpoints"
+    for place in ("blobs/.DS_Store", "checkpoints/.nfs0001", "blobs/000001/note.txt"):
+        (store / place).parent.mkdir(parents=True, exist_ok=True)
+        (store / place).write_text("not ours")
+    world.with_steps(5, 10, 15)
+    assert not world.said("warning")
+    assert world.newest() == 15
+    assert {path.name for path in store.rglob("*") if path.is_file()} >= {".DS_Store", ".nfs0001", "note.txt"}
+
+
+def test_probe_waits_for_a_store_that_is_silent_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    with world.custody(str(world.runs / "store")) as custody:
+        swap, failures = custody._holding.store.swap, [Transient(StorageError("no answer"))]
+
+        def late(key: str, data: bytes, etag: str | None) -> str | None:
+            if failures:
+                raise failures.pop()
+            return swap(key, data, etag)
+
+        monkeypatch.setattr(custody._holding.store, "swap", late)
+        custody.probe()
+    assert len(world.said("store")) == 1
+
+
+def test_end_is_gathered_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    folder = RunFolder(tmp_path)
+    folder.result.write_text("{}")
+    monkeypatch.setattr(os, "link", link)
+    assert (gather(folder, 5, FIVE) / "result.json").read_text() == "{}"
 
 
 # --- killed at every operation ---

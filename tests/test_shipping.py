@@ -46,6 +46,13 @@ def test_another_machine_goes_on_and_a_third_has_the_end(world: World, undisturb
     assert third.weights() == undisturbed
     assert third.result()["attempts"] == 2
     assert not (third.run / "attempts").exists()
+    # The first machine has a result of its own, of how it stopped.
+    assert first.result()["outcome"] == "preempted"
+    code, output = first.train()
+    assert code == 0, output
+    assert f"run bench is done already: {first.run / 'adapter'}" in output
+    assert first.result() == second.result()
+    assert first.weights() == undisturbed
 
 
 def test_done_is_said_without_a_write(world: World) -> None:

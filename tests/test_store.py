@@ -361,6 +361,43 @@ def test_no_credentials_and_no_bucket(bucket: Bucket, monkeypatch: pytest.Monkey
         bucket.again().read("HEAD")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kind", "message"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", JobError, "correct AWS_ENDPOINT_URL"),
+        ("AWS_REGION", "us east", JobError, "AWS_REGION"),
+        ("AWS_PROFILE", "typo", AccessDenied, r"profile \(typo\) could not be found"),
+        ("AWS_SECRET_ACCESS_KEY", None, AccessDenied, "missing: AWS_SECRET_ACCESS_KEY"),
+    ],
+)
+def test_client_that_cannot_be_made_is_told_at_once(
+    bucket: Bucket,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    value: str | None,
+    kind: type[Exception],
+    message: str,
+) -> None:
+    if value is None:
+        monkeypatch.delenv(name)
+    else:
+        monkeypatch.setenv(name, value)
+    with pytest.raises(kind, match=message):
+        bucket.again().read("HEAD")
+    assert bucket.events == []
+
+
+def test_file_of_a_web_identity_that_is_missing_is_named(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/x")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(AccessDenied, match="token: No such file"):
+        bucket.again().read("HEAD")
+
+
 def test_store_without_conditions_is_found_out_and_works_unfenced(bucket: Bucket, tmp_path: Path) -> None:
     class Careless(S3Store):
         """Sends no conditions and does not look either: a store that ignores them."""

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from runner.checkpoint.commit import Committer
-from runner.checkpoint.head import BLOBS, MANIFESTS, PINS, Entry, Pin, decode, epoch_of
+from runner.checkpoint.head import BLOBS, MANIFESTS, PINS, Entry, Pin, decode, epoch_of, is_blob, is_manifest
 from runner.checkpoint.lease import Lease
 from runner.checkpoint.manifests import Manifests
 from runner.checkpoint.store import Clock, Store
@@ -114,8 +114,10 @@ class Collector:
         manifests, blobs = {entry.key for entry in kept}, self._blobs(needed, True) | self._blobs(kept, False)
         if sweep:
             self._sweep_at = None
-            deleted = self._delete(self._store.keys(MANIFESTS), manifests)
-            return [*deleted, *self._delete(self._store.keys(BLOBS), blobs), *self._ended_pins()]
+            # Only keys of ours: folders of a console, or what a file system leaves, are none.
+            deleted = self._delete(filter(is_manifest, self._store.keys(MANIFESTS)), manifests)
+            old = self._delete(filter(is_blob, self._store.keys(BLOBS)), blobs)
+            return [*deleted, *old, *self._ended_pins()]
         of_due = sorted(self._blobs(due, False))
         deleted = self._delete([entry.key for entry in due], manifests)
         return [*deleted, *self._delete(of_due, blobs), *self._ended_pins()]

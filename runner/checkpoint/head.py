@@ -190,6 +190,11 @@ def is_manifest(key: str) -> bool:
     return re.fullmatch(rf"{MANIFESTS}\d+-\d+-[^/]+\.json", key) is not None
 
 
+def is_blob(key: str) -> bool:
+    """Whether a key is one that `blob_key` makes."""
+    return re.fullmatch(rf"{BLOBS}\d+/[0-9a-f]{{64}}(-\d+)?", key) is not None
+
+
 def step_of(key: str) -> int:
     """The step in the key of a manifest."""
     return int(key.removeprefix(MANIFESTS).split("-")[0])

@@ -1,10 +1,10 @@
 """A store in a bucket: boto3 with real conditions, and nothing in memory that belongs in a file.
 
-Endpoint, region, credentials, CA bundle and proxies are boto3's own: `AWS_ENDPOINT_URL`, `AWS_REGION`,
-profiles and roles, `AWS_CA_BUNDLE`, `HTTPS_PROXY`. botocore's retries are off, because a repeated conditional
-write must be recognised by whoever sent the first; `Patience` repeats here. Every body carries a checksum
-that the server compares: SHA-256, or for parts CRC-32, the one that S3 keeps for a whole multi-part object
-and that Python computes without a package of Amazon's.
+Endpoint, region, credentials, CA bundle and proxies are boto3's own: `AWS_ENDPOINT_URL`, profiles and roles,
+`AWS_CA_BUNDLE`, `HTTPS_PROXY`; `AWS_REGION` goes before them. botocore's retries are off, because a repeated
+conditional write must be recognised by whoever sent the first; `Patience` repeats here. Every body carries a
+checksum that the server compares: SHA-256, or for parts CRC-32, the one that S3 keeps for a whole multi-part
+object and that Python computes without a package of Amazon's.
 
 Files above `WHOLE` travel in parts (`runner.checkpoint.s3_parts`). What an error answer means is
 `runner.checkpoint.s3_errors`'s.
@@ -260,7 +260,20 @@ class S3Store:
             _Lost: the condition does not hold.
             Missing, Transient, AccessDenied, JobError, StorageError: see `s3_errors`.
         """
-        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, ParamValidationError
+        from botocore.exceptions import (
+            BotoCoreError,
+            ClientError,
+            ConfigNotFound,
+            ConfigParseError,
+            CredentialRetrievalError,
+            InvalidConfigError,
+            NoCredentialsError,
+            ParamValidationError,
+            PartialCredentialsError,
+            ProfileNotFound,
+            SSOError,
+            TokenRetrievalError,
+        )
 
         said = f"{operation} {self.place}/{key}"
         if isinstance(body := fields.get("Body"), Slice):
@@ -280,6 +293,20 @@ class S3Store:
         except NoCredentialsError as error:
             remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role for this machine"
             raise AccessDenied(f"{said}: no credentials were found; remedy: {remedy}") from error
+        except (
+            ConfigNotFound,
+            ConfigParseError,
+            CredentialRetrievalError,
+            InvalidConfigError,
+            PartialCredentialsError,
+            ProfileNotFound,
+            SSOError,
+            TokenRetrievalError,
+        ) as error:
+            remedy = "correct AWS_PROFILE, the variables AWS_* or ~/.aws, or log in again (aws sso login)"
+            denied = AccessDenied(f"{said}: no usable credentials: {error}; remedy: {remedy}")
+            # What worked once may only be renewed too late.
+            raise (Transient(denied) if self._worked else denied) from error
         except ParamValidationError as error:
             reason = f"{self.place}: not a place in S3: {error}"
             raise JobError([Problem("checkpoints.uri", reason, "write s3://bucket/prefix")]) from error
@@ -291,7 +318,15 @@ class S3Store:
     def _connected(self) -> Any:
         with self._lock:
             if self._expired:
-                self._clients.append(_client())
+                try:
+                    self._clients.append(_client())
+                except ValueError as error:  # botocore's word for an endpoint or a region that is none
+                    remedy = "correct AWS_ENDPOINT_URL (as http://host:9000) or AWS_REGION"
+                    raise JobError([Problem("checkpoints.uri", f"{self.place}: {error}", remedy)]) from error
+                except OSError as error:
+                    said = f"{self.place}: no usable credentials: {error.filename}: {error.strerror}"
+                    remedy = "remedy: correct the file that AWS_* or ~/.aws names"
+                    raise AccessDenied(f"{said}; {remedy}") from error
                 self._expired = False
             return self._clients[-1]
 
@@ -330,7 +365,11 @@ def _client() -> Any:
         s3={"payload_signing_enabled": False, **({"addressing_style": "path"} if own else {})},
     )
     # A session of its own: boto3's default one is not made for threads, and keeps old credentials.
-    return boto3.session.Session().client("s3", config=config)
+    session = boto3.session.Session()
+    if (credentials := session.get_credentials()) is not None:
+        credentials.get_frozen_credentials()  # what is wrong with them is found here, not in a request
+    # Every other SDK of Amazon's reads AWS_REGION, and platforms set it; boto3 has AWS_DEFAULT_REGION alone.
+    return session.client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
 
 
 def _content(answer: Any, body: Any) -> tuple[bytes, str]:

@@ -191,13 +191,11 @@ class Shipper:
                 taken, self._waiting = self._waiting, None
                 self._under_way = taken
             if taken is not None:
-                try:
-                    self._commit(*taken)
-                finally:
-                    with self._changed:
-                        self._under_way = None
-                        self._changed.notify_all()
-                    self._wake()
+                self._commit(*taken)  # one that fails stays under way: it is `failure` that ends it
+                with self._changed:
+                    self._under_way = None
+                    self._changed.notify_all()
+                self._wake()
             elif closing:
                 return
             if taken is not None or time.monotonic() >= collect_at:

@@ -8,9 +8,11 @@ Nothing here starts a trainer. Waiting for a store is done so that a notice ends
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -30,7 +32,7 @@ from runner.checkpoint.restore import download, restore
 from runner.checkpoint.ship import EventParts, Holding, Shipper
 from runner.checkpoint.store import Interruptible, Patience, probe, understood, unfit
 from runner.durable import disk, write_text
-from runner.errors import DataError, Preempted, RunnerError
+from runner.errors import DataError, Preempted, RunnerError, StorageError
 from runner.manifest import Job
 from runner.supervisor import identity
 from runner.supervisor.identity import Identity, Place
@@ -43,6 +45,9 @@ LOOK = 0.2
 
 SHORT = 1.0
 """Seconds that a lease may take before its waiter does something useful meanwhile."""
+
+LAST = 10.0
+"""Seconds that a silent store is waited for after a second notice."""
 
 JOB_IDS = ("RUNNER_JOB_UID", "AWS_BATCH_JOB_ID", "SLURM_JOB_ID")
 """Variables that name the orchestrator's job, the first that is set: its processes are siblings."""
@@ -188,7 +193,7 @@ class Custody:
         if self._job.checkpoints.allow_unfenced:
             text = f"{store.place} is used unfenced: nothing but you keeps two commands off this run"
             self._journal.say({"event": "warning", "message": text})
-        elif (wrong := self._call(lambda: probe(store))) is not None:
+        elif (wrong := self._call(lambda: self._patience.run(lambda: probe(store)))) is not None:
             raise unfit(store.place, wrong)
 
     def take(self, meanwhile: Callable[[Callable[[], str | None]], None]) -> bool:
@@ -202,15 +207,20 @@ class Custody:
             NotOwner, Preempted: another process works on the run, or a notice came.
             DataError: the state of the run is missing or damaged.
         """
-        self.taken = self._call(self._holding.lease.take, meanwhile)
-        if self.taken:
-            before = self.predecessor
-            here = before is not None and self._lock is not None and before.owner.lock == self._lock
-            self._journal.resume(self.head.record, here, self._folder.events)
-            self._prepare()
-            self.shipper.start()
-            self._journal.say({"event": "owner", "epoch": self.epoch, "place": self.place.store})
-        return self.taken
+        return self._call(self._take, meanwhile)
+
+    def _take(self) -> bool:
+        """Take, and renew from then on: what is done meanwhile may last longer than the lease."""
+        if not self._holding.lease.take():
+            return False
+        self.taken = True
+        before = self.predecessor
+        here = before is not None and self._lock is not None and before.owner.lock == self._lock
+        self._journal.resume(self.head.record, here, self._folder.events)
+        self._prepare()
+        self.shipper.start()
+        self._journal.say({"event": "owner", "epoch": self.epoch, "place": self.place.store})
+        return True
 
     def glance(self) -> str | None:
         """Look up from other work: show what was said, raise what ended the shipping."""
@@ -334,18 +344,21 @@ class Custody:
         """Wait until everything that was offered is in the store.
 
         Args:
-            deadline: on the monotonic clock; a store that is silent then is not waited for any more.
+            deadline: on the monotonic clock; a store that is silent then is not waited for any more. After a
+                second notice it is `LAST` at most.
 
         Raises:
             RunnerError: what ended the shipping.
         """
+        last: float | None = None
         while not self.shipper.idle:
             self._journal.show()
             self._notices.poll()
             if self._notices.hurry:
                 self.shipper.forget_waiting()
-            if deadline is not None and time.monotonic() >= deadline:
-                self._clock.end(Preempted("the grace period is over before the store had everything"))
+                last = time.monotonic() + LAST if last is None else last
+            if min(deadline or math.inf, last or math.inf) <= time.monotonic():
+                self._clock.end(Preempted("no time is left, and the store does not have everything"))
             self.shipper.wait(LOOK)
         self._journal.show()
         self.check()
@@ -356,9 +369,24 @@ class Custody:
             raise self.shipper.failure
 
     def finish(self, folder: Path) -> None:
-        """Commit what the run ends with, a sealed folder, and that it is done."""
+        """Commit what the run ends with, a sealed folder, and that it is done.
+
+        Raises:
+            Preempted: a second notice came first.
+            DataError: the folder does not verify any more.
+        """
         self.shipper.offer(folder, "final")
         self.drain()
+        if self.head.state != "done":
+            if self._notices.hurry:
+                raise Preempted(
+                    f"{self._notices.first}: stopped before the store had what the run ends with; the same "
+                    "command goes on"
+                )
+            raise DataError(
+                f"{folder}: what the run ends with changed while it was sent; remedy: let nobody write in "
+                f"{self._folder.path}, and give the same command again"
+            )
 
     def fetch_final(self, folder: Path) -> Path | None:
         """What a done run ended with, in a folder inside `folder`; None if that was not kept."""
@@ -369,9 +397,18 @@ class Custody:
         return self._call(lambda: download(holding.store, holding.manifests.get(final), folder)).folder
 
     def close(self) -> None:
-        """Send what is left, end the threads, and give the run back."""
+        """Send what is left, end the threads, and give the run back.
+
+        A store that is silent is waited for no longer than the next owner would wait otherwise.
+        """
         holding = self._holding
         if self.taken:
+            if self.shipper.failure is not None:
+                self._clock.end(self.shipper.failure)
+            enough = StorageError("the store is silent")
+            timer = threading.Timer(LAST if self._notices.hurry else TTL, self._clock.end, (enough,))
+            timer.daemon = True
+            timer.start()
             self.shipper.close()
             self._journal.show()
             if self.shipper.failure is None and self.head.state == "held":
@@ -381,6 +418,7 @@ class Custody:
                 except RunnerError as error:
                     text = f"the run is not given back, and its next owner waits for a minute: {error}"
                     self._journal.say({"event": "warning", "message": text})
+            timer.cancel()
         holding.store.close()
 
     def _published(self) -> list[Path]:

@@ -16,8 +16,9 @@ from runner.checkpoint.head import FINAL
 from runner.durable import disk
 from runner.supervisor.run_folder import RunFolder
 
-FOLDERS = ("adapter", "model", "evaluation")
-FILES = ("steps.jsonl", "result.json", "job.yaml")
+TRAINED = ("adapter", "model")
+EVALUATION = "evaluation"
+FILES = ("steps.jsonl", "job.yaml", "result.json")
 
 
 def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
@@ -26,21 +27,33 @@ def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
     with disk("gather what the run ends with", target):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        sources = [path for name in FOLDERS for path in sorted((folder.path / name).glob("*"))]
+        folders = (*TRAINED, EVALUATION)
+        sources = [path for name in folders for path in sorted((folder.path / name).glob("*"))]
         for source in (*sources, *(folder.path / name for name in FILES)):
             if source.is_file():
                 place = target / source.relative_to(folder.path)
                 place.parent.mkdir(exist_ok=True)
-                os.link(source, place)
+                try:
+                    os.link(source, place)
+                except OSError:  # a file system without links; it costs space
+                    shutil.copyfile(source, place)
         seal(target, id=FINAL, step=step, parent=parent, extra={})
     return target
 
 
 def spread(fetched: Path, folder: RunFolder) -> None:
-    """Put what was gathered on another machine in its places. What is there already stays."""
+    """Put what was gathered on a machine in its places, over what an earlier attempt left there.
+
+    What else lies there stays. result.json comes last: it says that the rest is there.
+    """
     with disk("put back what the run ended with", folder.path):
-        for name in (*FOLDERS, *FILES):
-            source, target = fetched / name, folder.path / name
-            if source.exists() and not target.exists():
-                source.rename(target)
+        for name in TRAINED:
+            if (fetched / name).exists():
+                shutil.rmtree(folder.path / name, ignore_errors=True)
+                (fetched / name).rename(folder.path / name)
+        evaluated = [f"{EVALUATION}/{path.name}" for path in sorted((fetched / EVALUATION).glob("*"))]
+        for name in (*evaluated, *FILES):
+            if (fetched / name).exists():
+                (folder.path / name).parent.mkdir(exist_ok=True)
+                (fetched / name).replace(folder.path / name)
         shutil.rmtree(fetched)
