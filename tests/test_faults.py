@@ -165,9 +165,8 @@ def test_answer_that_ends_early_is_asked_for_again(world: World, undisturbed: st
 def test_answer_with_another_byte_is_asked_for_again(world: World, undisturbed: str) -> None:
     """What a checkpoint is made of is compared with its SHA-256, the rest makes no sense."""
     faults, machines = two_machines(world, dict.fromkeys(READS, "corrupt"))
-    assert all(fault.met for fault in faults.values())
     nothing_lost(world, undisturbed)
-    seen({name: faults[name] for name in READS[:3]}, machines, "cannot be read as|not the manifest")
+    seen(faults, machines, "(cannot be read as|not the manifest|SHA-256)")
 
 
 def test_stalled_answer_is_not_waited_for(world: World, undisturbed: str) -> None:

@@ -23,13 +23,15 @@ from runner.errors import DataError
 
 FILES_AT_ONCE = 4
 
+Say = Callable[[Mapping[str, Any]], None]
+
 
 def restore(
     store: Store,
     lease: Lease,
     manifests: Manifests,
     folder: Path,
-    say: Callable[[Mapping[str, Any]], None],
+    say: Say,
 ) -> tuple[Sealed, Manifest] | None:
     """The newest checkpoint that verifies, in `folder/<id>`. None for a run that has none yet.
 
@@ -44,7 +46,7 @@ def restore(
     for entry in lease.head.retained:
         try:
             manifest = manifests.get(entry)
-            sealed = download(store, manifest, folder)
+            sealed = download(store, manifest, folder, say)
         except DataError as error:
             reasons[entry.key] = str(error)
             say({"event": "bad", "id": entry.id, "reason": str(error)})
@@ -62,8 +64,11 @@ def restore(
     )
 
 
-def download(store: Store, manifest: Manifest, folder: Path) -> Sealed:
+def download(store: Store, manifest: Manifest, folder: Path, say: Say = lambda event: None) -> Sealed:
     """Fetch one checkpoint into `folder/<id>`, whole or not at all.
+
+    Args:
+        say: takes an event about a file that is fetched again; from any thread.
 
     Raises:
         DataError: an object is missing or not what was committed.
@@ -76,7 +81,7 @@ def download(store: Store, manifest: Manifest, folder: Path) -> Sealed:
             shutil.rmtree(target)
         if partial.is_dir():
             shutil.rmtree(partial)
-        fetch_files(store, manifest.id, manifest.files, partial)
+        fetch_files(store, manifest.id, manifest.files, partial, say)
         # Not synced: what a crash of this machine leaves does not verify, and is fetched again.
         partial.rename(target)
     return _listed(target, manifest)
@@ -96,7 +101,9 @@ def _listed(target: Path, manifest: Manifest) -> Sealed:
     return sealed
 
 
-def fetch_files(store: Store, id: str, files: Mapping[str, Blob], folder: Path) -> None:
+def fetch_files(
+    store: Store, id: str, files: Mapping[str, Blob], folder: Path, say: Say = lambda event: None
+) -> None:
     """Fetch and verify some files of a checkpoint, by path inside a new folder.
 
     Raises:
@@ -106,7 +113,8 @@ def fetch_files(store: Store, id: str, files: Mapping[str, Blob], folder: Path) 
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         jobs = [
-            pool.submit(fetch_file, store, id, blob, folder / name) for name, blob in sorted(files.items())
+            pool.submit(fetch_file, store, id, blob, folder / name, say)
+            for name, blob in sorted(files.items())
         ]
         try:
             for job in jobs:
@@ -124,7 +132,7 @@ def _kept(target: Path, manifest: Manifest) -> Sealed | None:
     return sealed if sealed.manifest_sha256 == manifest.files[MANIFEST].sha256 else None
 
 
-def fetch_file(store: Store, name: str, blob: Blob, path: Path) -> None:
+def fetch_file(store: Store, name: str, blob: Blob, path: Path, say: Say = lambda event: None) -> None:
     """Fetch one file, verify it, and fetch it once more if it is damaged.
 
     Args:
@@ -136,6 +144,9 @@ def fetch_file(store: Store, name: str, blob: Blob, path: Path) -> None:
     """
     reason = ""
     for _ in range(TRIES):
+        if reason:
+            said = f"checkpoint {name}: {path.name}: {reason}; fetching it again"
+            say({"event": "store", "message": said, "waited": 0.0})
         try:
             digest = store.fetch(blob.key, path, blob.size)
         except Missing:

@@ -76,7 +76,8 @@ class S3Store:
         """The last one is in use; those before it had credentials that have expired."""
         self._expired = True
         self._lock = threading.Lock()
-        self._worked = False
+        self._worked: set[str] = set()
+        """Operations that were answered: a right to read says nothing about one to write."""
         self._pool = ThreadPoolExecutor(THREADS, "s3")
         """Sends parts and reads ranges; what is in memory at once does not grow with the files."""
         self.place = f"s3://{settings.bucket}/{settings.prefix}"
@@ -283,7 +284,7 @@ class S3Store:
             method = getattr(client, _METHODS[operation])
             result = use(method(Bucket=self._at.bucket, **self._owner, **fields))
         except ClientError as error:
-            what, ours = answered(operation, key, self.place, error.response, self._worked)
+            what, ours = answered(operation, key, self.place, error.response, operation in self._worked)
             if what is Meaning.LOST:
                 raise _Lost from error
             if what is Meaning.EXPIRED:
@@ -312,7 +313,7 @@ class S3Store:
             raise JobError([Problem("checkpoints.uri", reason, "write s3://bucket/prefix")]) from error
         except BotoCoreError as error:  # no answer, or half of one
             raise Transient(silent(f"{said}: {error}")) from error
-        self._worked = True
+        self._worked.add(operation)
         return result
 
     def _connected(self) -> Any:

@@ -87,7 +87,7 @@ def meaning(code: str, status: int, worked: bool) -> Meaning:
     anything else                            others     any      REFUSED
 
     Args:
-        worked: a call of this process has succeeded before.
+        worked: this operation of this process has succeeded before.
     """
     if code in _CODES:
         return _CODES[code]
