@@ -168,9 +168,10 @@ class _Run:
 
     def _finish(self) -> None:
         """Commit what the run ends with: it is done when that is in the store, and not before."""
-        written = self._end("done", 0, None)
-        folder = final.gather(self._folder, written.steps, written.checkpoint)
+        written = self._ended("done", 0, None)
+        folder = final.gather(self._folder, written)
         self._custody.finish(folder)
+        result.write(self._folder.result, written)
         shutil.rmtree(folder, ignore_errors=True)
         _report(written, self._journal.line)
 
@@ -181,19 +182,19 @@ class _Run:
         with contextlib.suppress(RunnerError):
             self._custody.drain(self._attempts.deadline)
         try:
-            self._end(error.outcome, error.exit_code, str(error))
+            result.write(self._folder.result, self._ended(error.outcome, error.exit_code, str(error)))
         except RunnerError as second:  # the disk, most likely for the same reason
             self._screen.line(f"warning: {second}")
 
-    def _end(self, outcome: str, exit_code: int, error: str | None) -> result.Result:
-        """Write how it ended, for people's programs."""
+    def _ended(self, outcome: str, exit_code: int, error: str | None) -> result.Result:
+        """Say how it ended, and compose that for people's programs."""
         self._journal.say({"event": "end", "outcome": outcome, "exit_code": exit_code, "error": error})
         record = self._journal.record
         last, newest = self._attempts.outcome, self._custody.newest
         kept = 0 if newest is None else newest.step
         facts: dict[str, Any] = {} if last is None else last.facts
         metrics: Mapping[str, Any] = {} if last is None else last.metrics
-        written = result.Result(
+        return result.Result(
             name=self._job.name,
             outcome=outcome,
             exit_code=exit_code,
@@ -208,8 +209,6 @@ class _Run:
             facts=facts,
             seconds=record.seconds,
         )
-        result.write(self._folder.result, written)
-        return written
 
     def _done_already(self) -> None:
         """Say so, and have on this machine what the run ended with."""

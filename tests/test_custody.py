@@ -25,6 +25,7 @@ from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
 from runner.supervisor.progress import Screen
 from runner.supervisor.ranks import Notices
+from runner.supervisor.result import Result, read
 from runner.supervisor.run_folder import RunFolder
 from tests.small_job import SMALL
 
@@ -214,6 +215,12 @@ def test_end_that_does_not_verify_is_no_end(world: World) -> None:
     assert world.newest() == 5
 
 
+ENDED = Result(
+    name="small", outcome="done", exit_code=0, steps=5, attempts=1, metrics={}, restarts=[], error=None,
+    adapter="adapter", checkpoint=FIVE, versions={}, facts={}, seconds=1.0,
+)  # fmt: skip
+
+
 def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
     def fill(name: str, **files: str) -> RunFolder:
         folder = RunFolder(tmp_path / name)
@@ -225,14 +232,16 @@ def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
 
     there = fill(
         "there", adapter__weights="new", evaluation__before_json="new", evaluation__after_json="new",
-        result_json="new",
+        result_json="of a command that was preempted",
     )  # fmt: skip
     here = fill(
         "here", adapter__weights="old", adapter__other="old", evaluation__before_json="old",
         evaluation__mine_json="mine", result_json="old",
     )  # fmt: skip
-    gathered = gather(there, 5, FIVE)
+    gathered = gather(there, ENDED)
     spread(gathered.rename(here.path / "final"), here)
+    assert read(here.result) == ENDED
+    here.result.unlink()
     found = {
         path.relative_to(here.path).as_posix(): path.read_text()
         for path in here.path.rglob("*")
@@ -243,7 +252,6 @@ def test_end_is_put_over_what_an_earlier_attempt_left(tmp_path: Path) -> None:
         "evaluation/before.json": "new",
         "evaluation/after.json": "new",
         "evaluation/mine.json": "mine",
-        "result.json": "new",
     }
 
 
@@ -374,9 +382,9 @@ def test_end_is_gathered_where_there_are_no_hard_links(
         raise PermissionError(1, "Operation not permitted")
 
     folder = RunFolder(tmp_path)
-    folder.result.write_text("{}")
+    folder.job.write_text("name: small")
     monkeypatch.setattr(os, "link", link)
-    assert (gather(folder, 5, FIVE) / "result.json").read_text() == "{}"
+    assert (gather(folder, ENDED) / "job.yaml").read_text() == "name: small"
 
 
 # --- killed at every operation ---

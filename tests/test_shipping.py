@@ -164,6 +164,36 @@ def test_training_waits_for_a_store_that_is_further_behind_than_max_loss(
     assert first.weights() == undisturbed
 
 
+def test_training_does_not_wait_for_a_checkpoint_that_was_damaged(world: World, undisturbed: str) -> None:
+    """The save that a wait asks for rots before it is sent: nothing would ever end the wait."""
+    first = world.first
+    first.job["checkpoints"] |= {"max_loss": "1s"}
+    process = first.start(at("step:3", "hold"), at("saved:3", "rot"), before=hasty)
+    first.wait_for(first.waiting(), process)
+    first.wait_for(lambda: bool(first.said("wait")), process)
+    (first.run / "attempts" / "1" / "go").touch()
+    code, output = process.finish()
+    assert code == 0, output
+    assert "not committed: checkpoint 00000003" in output
+    assert "was damaged before it was sent" in first.result()["restarts"][0]["reason"]
+    assert first.weights() == undisturbed
+
+
+def test_killed_between_its_last_words_and_done_it_is_not_done(world: World, undisturbed: str) -> None:
+    def deadly() -> None:
+        from runner.checkpoint.commit import Committer
+
+        Committer.finish = lambda committer, sealed: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+
+    code, _ = world.first.train(before=deadly)
+    assert code == -signal.SIGKILL
+    assert not (world.first.run / "result.json").exists()
+    code, output = world.first.train()
+    assert code == 0, output
+    assert world.first.result()["attempts"] == 2
+    assert world.first.weights() == undisturbed
+
+
 def test_store_that_stays_away_is_74_and_what_was_saved_here_is_not_lost(
     world: World, undisturbed: str
 ) -> None:

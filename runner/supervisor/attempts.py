@@ -137,8 +137,11 @@ class Attempts:
             self._journal.show()
             self._screen.tick()
             custody.check()
+            nothing_to_come = custody.shipper.idle  # before its commits are taken note of
             for entry, seconds in custody.shipper.committed():
                 self._pace.committed(entry, seconds)
+            if self.seen.phase == "wait" and nothing_to_come and self._pace.behind:
+                return "the checkpoint that it waits for was damaged before it was sent"
             return self._director.look()
 
         ended = attempt.run(
@@ -151,8 +154,6 @@ class Attempts:
             on_notice=on_notice,
             on_tick=on_tick,
         )
-        if ended.ended_for_memory:
-            custody.renew()  # with the peak
         custody.offer_rest(self.deadline)
         return plan, ended, custody.newest != before
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from runner.manifest import Job
-from runner.plan import Geometry, geometry, recorded_size, recut
+from runner.plan import Geometry, geometry, recorded_size, recut, smaller
 from runner.supervisor.attempt import Ended
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Restart, smaller_batch
@@ -68,9 +68,10 @@ class Batch:
     def shrink_after(self, size: int, how: str) -> Restart:
         """Take the next smaller size than one that took the machine down in an earlier command.
 
-        Raises:
-            RunnerError: there is none.
+        Where there is none, or another size is another loss, the same: the memory may be enough this time.
         """
-        less = smaller_batch(self.job, recut(geometry(self.job), size), "before this command", how).per_device
-        self.fits = less
-        return Restart(f"out of memory: {how}", {"from": size, "to": less})
+        less = None if self.job.training.sorts else smaller(recut(geometry(self.job), size))
+        if less is None:
+            return Restart(how)
+        self.fits = less.per_device
+        return Restart(f"out of memory: {how}", {"from": size, "to": less.per_device})

@@ -14,15 +14,22 @@ from pathlib import Path
 from runner.checkpoint.files import seal
 from runner.checkpoint.head import FINAL
 from runner.durable import disk
+from runner.supervisor import result
+from runner.supervisor.result import Result
 from runner.supervisor.run_folder import RunFolder
 
 TRAINED = ("adapter", "model")
 EVALUATION = "evaluation"
-FILES = ("steps.jsonl", "job.yaml", "result.json")
+FILES = ("steps.jsonl", "job.yaml")
+RESULT = "result.json"
 
 
-def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
-    """A sealed folder of links to everything that the run ends with. Nothing of it changes afterwards."""
+def gather(folder: RunFolder, ended: Result) -> Path:
+    """A sealed folder of links to everything that the run ends with. Nothing of it changes afterwards.
+
+    Args:
+        ended: what result.json will say, once this is committed.
+    """
     target = folder.path / FINAL
     with disk("gather what the run ends with", target):
         shutil.rmtree(target, ignore_errors=True)
@@ -37,7 +44,8 @@ def gather(folder: RunFolder, step: int, parent: str | None) -> Path:
                     os.link(source, place)
                 except OSError:  # a file system without links; it costs space
                     shutil.copyfile(source, place)
-        seal(target, id=FINAL, step=step, parent=parent, extra={})
+        result.write(target / RESULT, ended)
+        seal(target, id=FINAL, step=ended.steps, parent=ended.checkpoint, extra={})
     return target
 
 
@@ -52,7 +60,7 @@ def spread(fetched: Path, folder: RunFolder) -> None:
                 shutil.rmtree(folder.path / name, ignore_errors=True)
                 (fetched / name).rename(folder.path / name)
         evaluated = [f"{EVALUATION}/{path.name}" for path in sorted((fetched / EVALUATION).glob("*"))]
-        for name in (*evaluated, *FILES):
+        for name in (*evaluated, *FILES, RESULT):
             if (fetched / name).exists():
                 (folder.path / name).parent.mkdir(exist_ok=True)
                 (fetched / name).replace(folder.path / name)
