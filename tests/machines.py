@@ -232,7 +232,7 @@ class World:
     def object(self, key: str) -> bytes | None:
         import boto3
 
-        client = boto3.client("s3")
+        client = boto3.session.Session().client("s3")
         try:
             return bytes(client.get_object(Bucket=BUCKET, Key=self.key(key))["Body"].read())
         except client.exceptions.NoSuchKey:

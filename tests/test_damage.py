@@ -71,7 +71,7 @@ class Bucket:
 
         self.world = world
         self.uri = world.uri
-        self.client = boto3.client("s3")
+        self.client = boto3.session.Session().client("s3")
 
     def store(self) -> Store:
         return self.world.store()

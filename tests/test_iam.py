@@ -101,7 +101,7 @@ class Account:
         import boto3
 
         self.enforce(False)
-        iam = boto3.client("iam", endpoint_url=f"http://127.0.0.1:{self._port}")
+        iam = boto3.session.Session().client("iam", endpoint_url=f"http://127.0.0.1:{self._port}")
         user = f"user-{next(_COUNT)}"
         iam.create_user(UserName=user)
         bare = [{name: part for name, part in one.items() if name != "Condition"} for one in statements]
@@ -236,7 +236,7 @@ def uploads(account: Account) -> int:
     import boto3
 
     account.everything()
-    client = boto3.client("s3")
+    client = boto3.session.Session().client("s3")
     found = client.list_multipart_uploads(Bucket=BUCKET, Prefix=account.prefix).get("Uploads", [])
     client.close()
     return len(found)

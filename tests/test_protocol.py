@@ -498,14 +498,14 @@ def test_pinned_checkpoint_stays_until_its_pin_ends(a: Process, store: Unanswere
 
 def test_what_killed_owners_left_is_swept_once(a: Process, store: Unanswered, tmp_path: Path) -> None:
     a.commit(2)
-    orphans = [blob_key(1, "orphan", 0), manifest_key(8, 1, "orphan")]
-    for key in (*orphans, blob_key(2, "own", 0), blob_key(3, "of the next", 0)):
+    orphans = [blob_key(1, "0" * 64, 0), manifest_key(8, 1, "orphan")]
+    for key in (*orphans, blob_key(2, "1" * 64, 0), blob_key(3, "2" * 64, 0)):
         store.create(key, b"")
     b = Process(store, tmp_path, "b").taken()
     assert b.collector.collect() == []
     b.clock.time += GRACE
-    assert set(b.collector.collect()) == {*orphans, blob_key(2, "own", 0)}
-    assert blob_key(3, "of the next", 0) in store.objects
+    assert set(b.collector.collect()) == {*orphans, blob_key(2, "1" * 64, 0)}
+    assert blob_key(3, "2" * 64, 0) in store.objects
 
 
 def test_fenced_collector_deletes_nothing(a: Process, store: Unanswered, tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(commit, "ThreadPoolExecutor", Serial)
     world = World(tmp_path)
 
-    def download(store: Any, manifest: Manifest, folder: Path) -> Sealed:
+    def download(store: Any, manifest: Manifest, folder: Path, say: Any) -> Sealed:
         for blob in manifest.files.values():
             held = store.read(blob.key)
             assert held is not None

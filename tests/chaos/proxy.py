@@ -165,10 +165,10 @@ class KillProxy(FaultProxy):
         with self._lock:
             self._faults = [fault for fault in self._faults if f"/{bucket}/" not in fault.path]
 
-    def _fault(self, method: str, path: str) -> str:
+    def _fault(self, method: str, path: str, signed: str) -> str:
         self.requests.clear()  # kept in traces, and a campaign makes a hundred thousand
         self.heads.clear()
-        return super()._fault(method, path)
+        return super()._fault(method, path, signed)
 
     def _forward(self, client: BaseHTTPRequestHandler, body: bytes) -> Answer:
         path, _, query = client.path.partition("?")
