@@ -41,7 +41,7 @@ check: .venv/.installed ## Lint, check the format and the types
 chaos: .venv/.installed ## Kill runs 540 times, and see what became of them: make chaos ARGS="--seed 7"
 	@$(BIN)/python -m tests.chaos --defects $(ARGS)
 	@$(BIN)/python -m tests.chaos --kills 40 --duels 0 --minutes 30 \
-	  --trainer "$(BIN)/python -m runner.train" --job tests/chaos/real.json
+	  --trainer "'$(CURDIR)/$(BIN)/python' -m runner.train" --job tests/chaos/real.json
 
 bench: .venv/.installed ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py
