@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from http.client import HTTPConnection
 from xml.sax.saxutils import unescape
 
@@ -10,6 +11,10 @@ SIGNED = (
     "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 )
 """The server wants one, and does not check it."""
+
+
+TRIES = 5
+"""moto is a threaded program that answers 500 now and then, when two requests meet in it."""
 
 
 class Bucket:
@@ -55,6 +60,11 @@ class Bucket:
         self._connection.close()
 
     def _ask(self, method: str, path: str) -> tuple[int, bytes]:
-        self._connection.request(method, f"/{self.name}{path}", headers={"Authorization": SIGNED})
-        answer = self._connection.getresponse()
-        return answer.status, answer.read()
+        for _ in range(TRIES):
+            self._connection.request(method, f"/{self.name}{path}", headers={"Authorization": SIGNED})
+            answer = self._connection.getresponse()
+            status, data = answer.status, answer.read()
+            if status < 500:
+                break
+            time.sleep(0.05)
+        return status, data
