@@ -80,8 +80,8 @@ class Command:
         return code, self._output.read_text()
 
     def output(self) -> str:
-        """What it has written so far."""
-        return self._output.read_text()
+        """What it has written so far; nothing before the child has made the file."""
+        return self._output.read_text() if self._output.exists() else ""
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
