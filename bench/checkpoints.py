@@ -102,7 +102,7 @@ class Run:
 
     def commit(self, sealed: Sealed) -> Any:
         """Commit; returns the entry."""
-        return self.committer.commit(sealed, {})[0]
+        return self.committer.commit(sealed)[0]
 
 
 def patience() -> Patience:

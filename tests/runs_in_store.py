@@ -39,7 +39,9 @@ class Run:
         self.path = path / f"{name}-{uuid.uuid4().hex}"
         self.path.mkdir()
         patience = Patience(300, clock, lambda event: None)
-        self.lease = Lease(store, Owner(attempt=name, host=f"host-{name}"), clock, patience)
+        owner = Owner(attempt=name, host=f"host-{name}")
+        kept = {"geometry": {"per_device": 4}}
+        self.lease = Lease(store, owner, clock, patience, along=lambda: kept)
         self.manifests = Manifests(store)
         self.committer = Committer(store, self.lease, self.manifests, keep_last)
         self.collector = Collector(store, self.lease, self.manifests, self.committer, clock)
@@ -60,7 +62,7 @@ class Run:
         outbox = self.path / "outbox"
         outbox.mkdir(exist_ok=True)
         moved = type(sealed)(**{**vars(sealed), "folder": publish(sealed.folder, outbox, name)})
-        entry, dropped = self.committer.commit(moved, {"per_device": 4})
+        entry, dropped = self.committer.commit(moved)
         self.collector.dropped(dropped)
         self.parent = name
         return entry

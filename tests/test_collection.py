@@ -124,7 +124,7 @@ class Process:
         self.collector = Collector(store, self.lease, self.manifests, self.committer, clock)
 
     def commit(self, sealed: Sealed) -> Entry:
-        entry, dropped = self.committer.commit(sealed, {})
+        entry, dropped = self.committer.commit(sealed)
         self.collector.dropped(dropped)
         return entry
 

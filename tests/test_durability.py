@@ -99,7 +99,7 @@ def _commit(run: Path, number: int, committer: Committer, collector: Collector, 
     seal(saving, id=name, step=number, parent=None, extra={})
     folder = publish(saving, run / "outbox", name)
     recorder.acknowledge(("published", name))
-    entry, dropped = committer.commit(verify(folder), {})
+    entry, dropped = committer.commit(verify(folder))
     recorder.acknowledge(("committed", entry))
     move(folder, run / "newest" / name)
     recorder.acknowledge(("kept", name))

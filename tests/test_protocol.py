@@ -95,7 +95,9 @@ class Process:
         self.path = path / name
         self.path.mkdir(exist_ok=True)
         owner = Owner(attempt=name, host=f"host-{name}", job=job, lock=lock)
-        self.lease = Lease(store, owner, self.clock, Patience(300, self.clock, self.events.append))
+        patience = Patience(300, self.clock, self.events.append)
+        kept = {"geometry": {"per_device": 4}}
+        self.lease = Lease(store, owner, self.clock, patience, along=lambda: kept)
         self.manifests = Manifests(store)
         self.committer = Committer(store, self.lease, self.manifests, keep_last=2)
         self.collector = Collector(store, self.lease, self.manifests, self.committer, self.clock)
@@ -116,9 +118,7 @@ class Process:
         outbox = self.path / "outbox"
         outbox.mkdir(exist_ok=True)
         folder = publish(sealed.folder, outbox, name)
-        entry, dropped = self.committer.commit(
-            type(sealed)(**{**vars(sealed), "folder": folder}), {"per_device": 4}
-        )
+        entry, dropped = self.committer.commit(type(sealed)(**{**vars(sealed), "folder": folder}))
         self.collector.dropped(dropped)
         self.parent = name
         return entry

@@ -173,7 +173,7 @@ class Process:
     def train(self, step: int, saved: dict[int, Sealed], last: int) -> None:
         for number in STEPS:
             if step < number <= last:
-                self.collector.dropped(self.committer.commit(saved[number], {})[1])
+                self.collector.dropped(self.committer.commit(saved[number])[1])
 
 
 class World:

@@ -7,9 +7,7 @@ files of the checkpoint that it restored and verified itself: those stay, becaus
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from runner.checkpoint.files import MANIFEST, FileRecord, Sealed, file_sha256
 from runner.checkpoint.head import Blob, Entry, Manifest, blob_key, committed, encode, manifest_key
@@ -53,7 +51,7 @@ class Committer:
         self._spent.add(key)
         self._known = {sha256: known for sha256, known in self._known.items() if known != key}
 
-    def commit(self, sealed: Sealed, geometry: Mapping[str, Any]) -> tuple[Entry, tuple[Entry, ...]]:
+    def commit(self, sealed: Sealed) -> tuple[Entry, tuple[Entry, ...]]:
         """Commit a sealed folder that nobody changes any more.
 
         Returns:
@@ -65,12 +63,7 @@ class Committer:
         """
         entry = self._written(sealed)
         before = self._lease.head.retained
-        after = self._lease.write(
-            lambda head: {
-                "retained": committed(head.retained, entry, self._keep_last),
-                "geometry": dict(geometry),
-            }
-        )
+        after = self._lease.write(lambda head: {"retained": committed(head.retained, entry, self._keep_last)})
         return entry, tuple(old for old in before if old not in after.retained)
 
     def finish(self, sealed: Sealed) -> Entry:

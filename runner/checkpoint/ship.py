@@ -80,7 +80,6 @@ class Shipper:
 
     Args:
         here: folder of the newest committed checkpoint on this machine.
-        geometry: how the global batch is cut now, for `HEAD`.
         say: takes events from any thread.
         wake: called when the watching thread should look.
     """
@@ -91,7 +90,6 @@ class Shipper:
         here: Path,
         events: EventParts,
         *,
-        geometry: Callable[[], Mapping[str, Any]],
         say: Callable[[Mapping[str, Any]], None],
         wake: Callable[[], None],
         renew_every: float = RENEW_EVERY,
@@ -99,7 +97,6 @@ class Shipper:
         self._holding = holding
         self._here = here
         self._events = events
-        self._geometry = geometry
         self._say = say
         self._wake = wake
         self._renew_every = renew_every
@@ -227,7 +224,7 @@ class Shipper:
                 self._closing = True  # nobody renews a run that is done
                 self._changed.notify_all()
             return
-        entry, dropped = holding.committer.commit(sealed, self._geometry())
+        entry, dropped = holding.committer.commit(sealed)
         seconds = time.monotonic() - began
         self._keep_here(sealed)
         holding.collector.dropped(dropped)

@@ -112,7 +112,6 @@ class Custody:
             self._holding,
             folder.newest,
             self._events,
-            geometry=geometry,
             say=journal.say,
             wake=notices.wake,
             renew_every=RENEW_EVERY,
