@@ -206,12 +206,18 @@ class Evaluation(Section):
 
 
 class Launch(Section):
-    """Where the processes run. More than one process belongs to a later version."""
+    """Where the processes run, and what they share."""
 
-    strategy: Literal["auto", "single"] = Field(default="auto", description="auto is single for now.")
-    nodes: Literal[1] = Field(default=1, description="Machines.")
-    gpus_per_node: Literal["auto", 1] = Field(
-        default="auto", description="auto: one GPU when there is one, else the CPU."
+    strategy: Literal["auto", "single", "ddp", "zero1", "zero2", "zero3", "fsdp2"] = Field(
+        default="auto",
+        description="How several processes share a model. single: one process. ddp: each has all of it. "
+        "zero1, zero2, zero3: DeepSpeed splits the optimizer's state, gradients too, weights too. fsdp2: "
+        "PyTorch splits all three. auto: single for one process, else the simplest that fits.",
+    )
+    nodes: Count = Field(default=1, description="Machines, each with a supervisor of its own.")
+    gpus_per_node: Count | Literal["auto"] = Field(
+        default="auto",
+        description="Processes on each machine. auto: one for every visible GPU; without GPUs one.",
     )
 
 

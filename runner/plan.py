@@ -15,6 +15,9 @@ from pydantic import BaseModel, ConfigDict
 from runner.errors import JobError, Problem
 from runner.manifest import Job
 
+Strategy = Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp2"]
+"""How the processes of an attempt share the model; `launch.strategy` with `auto` decided."""
+
 
 class Geometry(BaseModel):
     """How a global batch is cut: `global_batch_size = per_device x accumulation x world`."""
@@ -65,6 +68,7 @@ class Plan(BaseModel):
     attempt_dir: Path
     """`runs/<name>/attempts/<n>`: the plan, the trainer's log, its request and its outcome."""
     geometry: Geometry
+    strategy: Strategy = "single"
     probe: bool = False
     """Whether `geometry` is only the largest cut that may be tried, and the trainer finds one that fits."""
     fetched: Fetched
