@@ -17,7 +17,7 @@ from runner.checkpoint.adapter_file import CONFIG, PARAMETERS, WEIGHTS, extract,
 from runner.demo import resolve_model
 from runner.errors import DataError, UsageError
 from runner.manifest import Job
-from runner.train import state
+from runner.train import gathering, state
 from runner.train.models import model as models
 from tests.attempts import JOB, merged, run
 
@@ -52,7 +52,7 @@ def adapted(of: Job) -> PeftModel:
     models.float32_trainable(model)
     torch.manual_seed(0)
     with torch.no_grad():
-        for parameter in state.trainable(model).values():
+        for parameter in gathering.trainable(model).values():
             parameter.copy_(torch.randn_like(parameter))
     return model
 
@@ -60,7 +60,9 @@ def adapted(of: Job) -> PeftModel:
 def saved(folder: Path, model: PeftModel) -> Path:
     """What of a checkpoint `extract` reads, as the trainer saves it."""
     folder.mkdir()
-    save_file({name: value.detach() for name, value in state.trainable(model).items()}, folder / PARAMETERS)
+    save_file(
+        {name: value.detach() for name, value in gathering.trainable(model).items()}, folder / PARAMETERS
+    )
     state.save_adapter_config(folder, model)
     return folder
 
@@ -82,7 +84,7 @@ def test_it_is_what_peft_saves_byte_for_byte(tmp_path: Path, lora: dict[str, Any
             config["target_modules"].sort()
     assert configs[0] == configs[1]
     loaded = models.load_adapter(base(wanted), tmp_path / "adapter")
-    for name, value in state.trainable(model).items():
+    for name, value in gathering.trainable(model).items():
         assert torch.equal(loaded.get_parameter(name), value), name
 
 

@@ -22,7 +22,7 @@ from runner.job import matrix
 from runner.manifest import Job
 from runner.request import Request
 from runner.schema.generate import DPO_LOSSES
-from runner.train import methods, state
+from runner.train import gathering, methods, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows, load
@@ -247,7 +247,7 @@ def test_an_adapter_goes_on_in_full_and_is_its_own_reference(sft_run: Path, data
     trained = load_file(sft_run / "adapter" / "adapter_model.safetensors")
     job = dpo_job(quantization=FOUR_BIT, lora={"init_from": str(start)})
     trainer = built(job, data, start=start)
-    for name, value in state.trainable(trainer.model).items():
+    for name, value in gathering.trainable(trainer.model).items():
         saved = trained[name.replace(".default", "")]
         assert value.dtype == torch.float32 and torch.equal(value, saved), "not rounded on the way"
     reference = {name: value for name, value in trainer.model.named_parameters() if ".ref." in name}

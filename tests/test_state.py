@@ -17,7 +17,7 @@ import torch
 from transformers import TrainerState
 
 from runner.errors import DataError
-from runner.train import rng, state
+from runner.train import gathering, rng, state
 
 
 def network() -> torch.nn.Module:
@@ -36,7 +36,7 @@ OPTIMIZERS = {
 
 def parts(name: str) -> tuple[torch.nn.Module, torch.optim.Optimizer, Any]:
     model = network()
-    trained = list(state.trainable(model).values())
+    trained = list(gathering.trainable(model).values())
     optimizer = OPTIMIZERS[name](
         [{"params": trained[:1], "weight_decay": 0.1}, {"params": trained[1:]}, {"params": []}]
     )
@@ -54,9 +54,9 @@ def advance(model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler:
 
 def save(folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any) -> None:
     steps = [state.Step(1, 0.5, None, 1e-2, 10, 2, [3, 4])]
-    state.save(
-        folder, model=model, optimizer=optimizer, scheduler=scheduler, scaler=None, data="rows", steps=steps
-    )
+    snapshot = state.collect(gathering.Whole(model, optimizer))
+    assert snapshot is not None
+    state.save(folder, snapshot, model=model, scheduler=scheduler, scaler=None, data="rows", steps=steps)
     TrainerState(global_step=1).save_to_json(str(folder / "trainer_state.json"))
 
 
@@ -66,9 +66,9 @@ def load(folder: Path) -> None:
     state.load_steps(folder)
     state.data_fingerprint(folder)
     state.load_parameters(folder, model)
-    state.load_optimizer(folder, model=model, optimizer=optimizer, scheduler=scheduler)
+    state.load_optimizer(folder, engine=gathering.Whole(model, optimizer), scheduler=scheduler)
     state.load_scaler(folder, torch.amp.GradScaler("cpu"))
-    state.load_rng(folder)
+    state.load_rng(folder, 3)
 
 
 class Bomb:
@@ -146,10 +146,10 @@ def test_file_that_is_something_else_is_named_and_never_executed(tmp_path: Path,
         ("state.json", "scheduler", None),
         ("state.json", "scaler", 3),
         ("state.json", "rng", {}),
-        ("state.json", "rng.python.words", ["x"] * 625),
-        ("state.json", "rng.python.words", [10**30] * 625),
-        ("state.json", "rng.cpu", {"__tensor__": "../../x"}),
-        ("state.json", "rng.numpy.name", "__import__"),
+        ("state.json", "rng.0.python.words", ["x"] * 625),
+        ("state.json", "rng.0.python.words", [10**30] * 625),
+        ("state.json", "rng.0.cpu", {"__tensor__": "../../x"}),
+        ("state.json", "rng.0.numpy.name", "__import__"),
         ("trainer_state.json", "global_step", 3),
         ("trainer_state.json", "global_step", "1"),
         ("trainer_state.json", "train_batch_size", "8"),
@@ -176,8 +176,8 @@ def test_a_restored_run_is_the_same_run(name: str, tmp_path: Path) -> None:
 
     other, other_optimizer, other_scheduler = parts(name)
     state.load_parameters(tmp_path, other)
-    state.load_optimizer(tmp_path, model=other, optimizer=other_optimizer, scheduler=other_scheduler)
-    state.load_rng(tmp_path)
+    state.load_optimizer(tmp_path, engine=gathering.Whole(other, other_optimizer), scheduler=other_scheduler)
+    state.load_rng(tmp_path, 3)
     advance(other, other_optimizer, other_scheduler, 5)
 
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
@@ -191,8 +191,8 @@ def test_eight_bit_states_stay_eight_bit(tmp_path: Path) -> None:
     advance(model, optimizer, scheduler, 1)
     save(tmp_path, model, optimizer, scheduler)
     other, other_optimizer, other_scheduler = parts("adamw_bnb_8bit")
-    state.load_optimizer(tmp_path, model=other, optimizer=other_optimizer, scheduler=other_scheduler)
-    weight = state.trainable(other)["0.weight"]  # 8,192 elements; under 4,096 bitsandbytes keeps 32 bits
+    state.load_optimizer(tmp_path, engine=gathering.Whole(other, other_optimizer), scheduler=other_scheduler)
+    weight = gathering.trainable(other)["0.weight"]  # 8,192 elements; under 4,096 bitsandbytes keeps 32 bits
     assert other_optimizer.state[weight]["state1"].dtype is torch.uint8
 
 

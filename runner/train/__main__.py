@@ -3,7 +3,8 @@
     load config and processor -> prepare and audit the data -> load the model -> evaluate before
     -> train, from the checkpoint that the plan names -> export -> evaluate after -> outcome.json
 
-Every end but a crash leaves `outcome.json` in the attempt's folder; the supervisor decides from it.
+Every end but a crash leaves `outcome.json` in the attempt's folder, of another rank than the first
+`outcome-<rank>.json`; the supervisor decides from them.
 This is one of the two places with a broad `except`: what was not foreseen is recorded and raised again.
 """
 
@@ -29,13 +30,17 @@ def main(plan_file: Path) -> int:
     plan = Plan.model_validate_json(plan_file.read_text(encoding="utf-8"))
     channel = Channel.from_environment(plan.attempt_dir)
     outcome: dict[str, Any] = {"format": 1, "error": None}
+    rank = int(os.environ.get("RANK", "0"))
+    file = plan.attempt_dir / ("outcome.json" if rank == 0 else f"outcome-{rank}.json")
     try:
         from runner.train.run import (
             evaluate_only,
             train,
         )  # torch and transformers load here, inside the guard
+        from runner.train.world import joined
 
-        result = train(plan, channel) if plan.purpose == "train" else evaluate_only(plan, channel)
+        with joined():
+            result = train(plan, channel) if plan.purpose == "train" else evaluate_only(plan, channel)
         outcome |= {"outcome": "done", "exit_code": 0, **result}
     except Preempted as error:
         outcome |= {"outcome": error.outcome, "exit_code": error.exit_code, "error": str(error)}
@@ -44,9 +49,9 @@ def main(plan_file: Path) -> int:
         outcome |= {"outcome": error.outcome, "exit_code": error.exit_code, "error": str(error)}
     except Exception as error:
         outcome |= {"outcome": "failed", "exit_code": 1, "error": f"{type(error).__name__}: {error}"}
-        write_json(plan.attempt_dir / "outcome.json", outcome)
+        write_json(file, outcome)
         raise
-    write_json(plan.attempt_dir / "outcome.json", outcome)
+    write_json(file, outcome)
     return int(outcome["exit_code"])
 
 

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import IntervalStrategy, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from runner.errors import Preempted
 from runner.request import Request
+
+T = TypeVar("T")
 
 POLL = 0.1
 """Seconds between two looks at the request while a run waits."""
@@ -35,6 +37,7 @@ class SaveAndStop(TrainerCallback):
         save_seconds: of training between two saves, until a request says another; waiting is no training.
         request: what the supervisor asks for now.
         tell_phase: takes "wait", and "train" when training goes on.
+        agree: the same answer on every rank, whatever this one has read or measured (`world.from_first`).
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class SaveAndStop(TrainerCallback):
         save_seconds: float,
         request: Callable[[], Request],
         tell_phase: Callable[[str], None],
+        agree: Callable[[T], T] = lambda value: value,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -51,6 +55,7 @@ class SaveAndStop(TrainerCallback):
         self._save_seconds = save_seconds
         self._request = request
         self._tell_phase = tell_phase
+        self._agree: Callable[[Any], Any] = agree
         self._clock = clock
         self._sleep = sleep
         self._saved_at = clock()
@@ -76,7 +81,7 @@ class SaveAndStop(TrainerCallback):
         if self.stopped:
             control.should_training_stop = True
         on_grid = self._save_steps is not None and state.global_step % self._save_steps == 0
-        overdue = self._clock() - self._saved_at >= self._save_seconds
+        overdue = self._agree(self._clock() - self._saved_at >= self._save_seconds)
         if asked.action != "go" or on_grid or overdue or state.global_step >= state.max_steps:
             control.should_save = True
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
@@ -118,7 +123,7 @@ class SaveAndStop(TrainerCallback):
         Every decision at a boundary comes from here: where there are several ranks, this is where they agree
         on what one of them has read.
         """
-        asked = self._request()
+        asked = self._agree(self._request())
         if asked.save_seconds is not None:
             self._save_seconds = asked.save_seconds
         return asked

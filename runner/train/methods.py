@@ -22,12 +22,13 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 from runner.errors import JobError, Problem
 from runner.plan import Plan
+from runner.train import placement
 from runner.train.callbacks import SaveAndStop
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory
-from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
+from runner.train.world import device, from_all, world
 
 # TRL (1.16) projects only the tokens that carry loss through the head where Triton runs, and every token
 # elsewhere, for devices that compile anew for every shape. A CPU does not: at the bench's proportions
@@ -60,7 +61,8 @@ class DpoRun(RunTrainer, DPOTrainer):
         self._chosen_tokens = 0
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Any:
-        self._chosen_tokens = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in batch_samples)
+        mine = sum(int(_chosen(sample["completion_mask"]).sum()) for sample in batch_samples)
+        self._chosen_tokens = sum(from_all(mine))
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
@@ -82,8 +84,9 @@ class DpoRun(RunTrainer, DPOTrainer):
         total = -(log_probs[: len(mask), -mask.shape[1] :] * mask).sum()
         if not self.model.training:
             return total / mask.sum()
-        # The caller divides by the number of micro-batches, which a sum over the global batch does not want.
-        return total / self._chosen_tokens * self.current_gradient_accumulation_steps
+        # The caller divides by the number of micro-batches, and the ranks' gradients are averaged, neither of
+        # which a sum over the global batch wants.
+        return total / self._chosen_tokens * self.current_gradient_accumulation_steps * world().size
 
 
 def _chosen(completion_mask: torch.Tensor) -> torch.Tensor:
@@ -123,8 +126,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
                 "max_steps": steps,
                 "per_device_train_batch_size": plan.geometry.per_device,
                 "gradient_accumulation_steps": plan.geometry.accumulation,
-                "bf16": job.model.dtype == "bfloat16",
-                "fp16": job.model.dtype == "float16",
+                **placement.arguments(plan),
                 "use_cpu": device().type == "cpu",
                 "max_length": None,  # image tokens are never truncated; `datasets.max_length` decides before
                 "save_strategy": "no",  # `SaveAndStop` decides
@@ -132,6 +134,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
                 "remove_unused_columns": False,
             }
         )
+        placement.prepare(plan)
         # Its package may be missing, which upstream finds out at the first step.
         Trainer.get_optimizer_cls_and_kwargs(built)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:

@@ -27,12 +27,12 @@ from accelerate.utils import release_memory
 
 from runner.errors import OutOfMemory
 from runner.plan import Geometry, recut, sizes
-from runner.train import rng, state
+from runner.train import gathering, rng
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
 from runner.train.memory import is_out_of_memory, memory_named
-from runner.train.models.model import device
 from runner.train.trainer import RunTrainer
+from runner.train.world import device
 
 MOST_ON_CPU = 8
 
@@ -114,7 +114,7 @@ def _pass(trainer: RunTrainer, batch: dict[str, Any]) -> None:
 @contextlib.contextmanager
 def _undone(trainer: RunTrainer) -> Iterator[None]:
     """Inside, the trainer is as ready as in its loop; afterwards, as if it never had been."""
-    parameters = state.trainable(trainer.model).values()
+    parameters = gathering.trainable(trainer.model).values()
     kept = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     metrics, tokens = copy.deepcopy(trainer._metrics), trainer._total_train_tokens
     trainer._prepare_for_training(trainer.args.max_steps, None, None)

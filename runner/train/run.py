@@ -23,7 +23,7 @@ from trl import DPOConfig, SFTConfig
 from runner.durable import write_text
 from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import methods, probe, state
+from runner.train import gathering, methods, placement, probe, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.audit import audit
@@ -35,6 +35,7 @@ from runner.train.memory import memory_named
 from runner.train.models import adapter
 from runner.train.models import model as models
 from runner.train.trainer import RunTrainer
+from runner.train.world import first_on_machine, from_first, world
 
 OUT_OF_MEMORY = (
     "out of memory before or after training: the model does not fit the device. Remedy, the largest lever "
@@ -64,7 +65,8 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     with memory_named(RunnerError, OUT_OF_MEMORY):
-        base = _start_of(plan)
+        with placement.loading(arguments):
+            base = _start_of(plan)
         start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
         before = None
         # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
@@ -85,8 +87,9 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
             raise Preempted(
                 f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved"
             )
-        exported = _export(plan, channel, model, prepared.processor)
-        _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
+        exported = _export(plan, channel, trainer, prepared.processor)
+        if world().first:
+            _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
         after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
     return {
         "step": trainer.args.max_steps,
@@ -117,7 +120,7 @@ def _stop_here(channel: Channel, where: str) -> None:
     Raises:
         Preempted: asked to stop.
     """
-    if channel.request().action == "stop":
+    if from_first(channel.request().action == "stop"):
         raise Preempted(f"stopped {where}; the state before it is saved")
 
 
@@ -138,15 +141,15 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     processor = models.load_processor(job, plan.fetched.model)
     limit = job.datasets.max_length or config.get_text_config().max_position_embeddings
     load_rows = functools.partial(load, policy=job.datasets, seed=job.seed, processor=processor, limit=limit)
-    train_rows = None
-    if plan.purpose == "train":
-        train_rows = load_rows(job.datasets.train, plan.fetched.train, name="train")
-        collator = _collator(plan, processor, train_rows)
-        channel.send("audit", lines=audit(train_rows, collator, processor))
-    eval_rows = None
-    if job.datasets.eval:
-        at_most = None if job.evaluation is None else job.evaluation.max_samples
-        eval_rows = load_rows(job.datasets.eval, plan.fetched.eval, name="eval", max_samples=at_most)
+    train_rows = eval_rows = None
+    with first_on_machine():
+        if plan.purpose == "train":
+            train_rows = load_rows(job.datasets.train, plan.fetched.train, name="train")
+            collator = _collator(plan, processor, train_rows)
+            channel.send("audit", lines=audit(train_rows, collator, processor))
+        if job.datasets.eval:
+            at_most = None if job.evaluation is None else job.evaluation.max_samples
+            eval_rows = load_rows(job.datasets.eval, plan.fetched.eval, name="eval", max_samples=at_most)
     for rows in (train_rows, eval_rows):
         for row, reason in () if rows is None else rows.skipped:
             channel.send("warning", message=f"{row} is skipped: {reason}")
@@ -195,6 +198,7 @@ def _trainer(
         save_seconds=plan.save_seconds,
         request=channel.request,
         tell_phase=lambda phase: channel.send("phase", phase=phase),
+        agree=from_first,
     )
     job = plan.job
     reference = None
@@ -233,6 +237,8 @@ def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
     channel.send("phase", phase="train")
     with memory_named(OutOfMemory, f"a micro-batch of {plan.geometry.per_device} does not fit"):
         if plan.restore is None:
+            if not world().first:
+                set_seed(plan.job.seed + world().rank)  # dropout of its own
             trainer.train()
         elif trainer.steps[-1].step >= trainer.args.max_steps:
             # transformers would train one step more from such a checkpoint.
@@ -242,19 +248,25 @@ def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
     return trainer.control_callback
 
 
-def _export(plan: Plan, channel: Channel, model: torch.nn.Module, processor: ProcessorMixin) -> Path:
-    """The adapter as plain PEFT loads it, or the whole model without one; published by rename."""
+def _export(plan: Plan, channel: Channel, trainer: RunTrainer, processor: ProcessorMixin) -> Path:
+    """The adapter as plain PEFT loads it, or the whole model without one; published by rename. Collective."""
     channel.send("phase", phase="export")
     final = plan.run_dir / ("model" if plan.job.lora is None else "adapter")
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    values = gathering.everything(model, trainable_only=isinstance(model, PeftModel))
+    if not world().first:
+        return final
     writing = plan.attempt_dir / "export"
     shutil.rmtree(writing, ignore_errors=True)
     if isinstance(model, PeftModel):
         # No vocabulary is ever resized here; the default asks the hub for the base model's configuration.
-        model.save_pretrained(writing, save_embedding_layers=False, selected_adapters=["default"])
+        model.save_pretrained(
+            writing, save_embedding_layers=False, selected_adapters=["default"], state_dict=values
+        )
         (writing / "README.md").unlink()  # PEFT's empty card, with the path of this machine's base model
         state.save_adapter_config(writing, model)
     else:
-        model.save_pretrained(writing)
+        model.save_pretrained(writing, state_dict=values)
         processor.save_pretrained(writing)
     shutil.rmtree(final, ignore_errors=True)
     writing.rename(final)
@@ -282,8 +294,8 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
     """What is in force, as result.json records it."""
     return {
         **models.describe(model),
-        "engine": type(trainer.model_wrapped).__name__,
-        "distributed_type": str(trainer.accelerator.distributed_type.value),
+        **placement.engine(trainer),
+        "strategy": plan.strategy,
         "weight_bytes": weight_bytes(model),
         "mixed_precision": trainer.accelerator.mixed_precision,
         # None in an attempt that found its training done and only evaluated.

@@ -2,15 +2,16 @@
 
     parameters.safetensors   every trainable parameter by name, in the precision it trains in
     optimizer.safetensors    tensors of the optimizer's state, `<parameter>/<key>...`
-    rng-0.safetensors        tensors of the generators' states of rank 0
+    rng-<rank>.safetensors   tensors of the generators' states of each rank
     state.json               scheduler, loss scaler, the optimizer's and generators' other values, the data
     adapter_config.json      of an adapter: PEFT's, as the export has it (`runner.checkpoint.adapter_file`)
     trainer_state.json       transformers' own TrainerState (step, epoch, log history)
     steps.jsonl              our record: loss, gradient norm, learning rate and row indices of every step
 
-Tensors and other values of a nested state are split by `split` and joined again by `join`. Optimizer
-states go through the optimizer's public `state_dict` and are keyed by parameter name, so a resume does not
-depend on the order of parameters. A resume does not read `adapter_config.json`: the job says what it says.
+Tensors and other values of a nested state are split by `split` and joined again by `join`. Parameters and
+optimizer states are whole and keyed by name (`runner.train.gathering`), so a resume depends neither on the
+order of parameters nor on the strategy and the number of processes. A resume does not read
+`adapter_config.json`: the job says what it says.
 
 A checkpoint comes from a bucket, and whoever writes there may have made it: whatever a file turns out to be,
 it is read as data, and one that is not what a run saves is a `DataError` that names it.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import os
 import re
@@ -33,18 +35,20 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import TrainerState
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint import adapter_file
 from runner.durable import disk
 from runner.errors import DataError, RunnerError
 from runner.train import rng
+from runner.train.gathering import Engine, States, laid_out, trainable
 from runner.train.memory import is_out_of_memory
+from runner.train.world import from_all, world
 
 PARAMETERS = adapter_file.PARAMETERS
 OPTIMIZER = "optimizer.safetensors"
-RNG = "rng-0.safetensors"
+RNG = "rng-{}.safetensors"
 STATE = "state.json"
 STEPS = "steps.jsonl"
 
@@ -111,24 +115,40 @@ def join(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     return tree
 
 
-def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Parameters that train, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+@dataclass(frozen=True)
+class Snapshot:
+    """The live state of a run, copied to this process, whole."""
+
+    parameters: dict[str, torch.Tensor]
+    states: States
+    groups: list[dict[str, Any]]
+    generators: list[rng.Tree]
+    """Of every rank."""
+
+
+def collect(engine: Engine) -> Snapshot | None:
+    """The state as it is, on rank 0; None on the others. Collective. Draws nothing, changes nothing."""
+    generators = from_all(rng.capture())
+    first = world().first
+    parameters = {name: value.cpu().contiguous() for name, value in engine.parameters() if first}
+    states = engine.states()
+    return Snapshot(parameters, states, engine.groups(), generators) if first else None
 
 
 def save(
     folder: Path,
+    snapshot: Snapshot,
     *,
     model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
     scheduler: Any,
     scaler: Any | None,
     data: str,
     steps: list[Step],
 ) -> None:
-    """Write everything but transformers' own TrainerState into `folder`. Draws nothing, changes nothing.
+    """Write everything but transformers' own TrainerState into `folder`.
 
     Args:
+        model: whose adapter's configuration is written, if it has one.
         data: fingerprint of the prepared rows; a resume on other rows is refused.
         scaler: the float16 loss scaler, or null.
 
@@ -137,18 +157,26 @@ def save(
     """
     tensors: dict[str, torch.Tensor] = {}
     values = {
-        "optimizer": _optimizer_by_name(model, optimizer, tensors),
+        "optimizer": {
+            "state": {name: split(state, name, tensors) for name, state in snapshot.states.items()},
+            "groups": [
+                {key: split(value, f"groups/{key}", tensors) for key, value in group.items()}
+                for group in snapshot.groups
+            ],
+        },
         "scheduler": split(scheduler.state_dict(), "scheduler", {}),
         "scaler": None if scaler is None else split(scaler.state_dict(), "scaler", {}),
         "data": data,
     }
-    generators: dict[str, torch.Tensor] = {}
-    values["rng"] = split(rng.capture(), "rng", generators)
-    parameters = {name: parameter.detach().cpu().contiguous() for name, parameter in trainable(model).items()}
+    generators: list[dict[str, torch.Tensor]] = [{} for _ in snapshot.generators]
+    values["rng"] = [
+        split(tree, "rng", held) for tree, held in zip(snapshot.generators, generators, strict=True)
+    ]
     with _writing(folder):
-        save_file(parameters, folder / PARAMETERS)
+        save_file(snapshot.parameters, folder / PARAMETERS)
         save_file(tensors, folder / OPTIMIZER)
-        save_file(generators, folder / RNG)
+        for rank, held in enumerate(generators):
+            save_file(held, folder / RNG.format(rank))
         (folder / STATE).write_text(json.dumps(values))
         (folder / STEPS).write_text("".join(json.dumps(asdict(step)) + "\n" for step in steps))
         if isinstance(model, PeftModel):
@@ -186,37 +214,9 @@ def save_adapter_config(folder: Path, model: PeftModel) -> None:
     config.save_pretrained(str(folder))
 
 
-def _optimizer_by_name(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> dict[str, Any]:
-    """The optimizer's state with parameter names for indices: `{"state": {name: ...}, "groups": [...]}`."""
-    names = {id(parameter): name for name, parameter in trainable(model).items()}
-    state = optimizer.state_dict()
-    name_of = {
-        index: names[id(parameter)]
-        for live, saved in zip(optimizer.param_groups, state["param_groups"], strict=True)
-        for parameter, index in zip(live["params"], saved["params"], strict=True)
-    }
-    return {
-        "state": {
-            name_of[index]: split(value, name_of[index], tensors) for index, value in state["state"].items()
-        },
-        "groups": [
-            {
-                **{
-                    key: split(value, f"groups/{key}", tensors)
-                    for key, value in group.items()
-                    if key != "params"
-                },
-                "params": [name_of[index] for index in group["params"]],
-            }
-            for group in state["param_groups"]
-        ],
-    }
-
-
 def load_parameters(folder: Path, model: torch.nn.Module) -> None:
-    """Put the saved values into the model's trainable parameters, in place.
+    """Put the saved values into the model's trainable parameters, in place; DeepSpeed takes them
+    before its engine is made.
 
     Raises:
         DataError: the checkpoint's parameters are not this model's.
@@ -232,45 +232,39 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
         )
     with torch.no_grad():
         for name, parameter in live.items():
-            parameter.copy_(saved[name])
+            parameter.copy_(laid_out(saved[name], parameter))
 
 
-def load_optimizer(
-    folder: Path, *, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any
-) -> None:
-    """Put the saved moments, steps and learning rates back: moments by name, hyperparameters by group."""
+def load_optimizer(folder: Path, *, engine: Engine, scheduler: Any) -> None:
+    """Put the saved moments, steps and learning rates back: moments by name, hyperparameters by group.
+
+    Collective.
+    """
     tensors = _tensors(folder, OPTIMIZER)
     values = _values(folder)
     with _reading(folder, f"{STATE} or {OPTIMIZER}"):
-        _load_optimizer(values["optimizer"], tensors, model, optimizer)
+        saved = values["optimizer"]
+        if not isinstance(saved["state"], dict):
+            raise TypeError("the optimizer's state is no object")
+        states = {name: join(state, tensors) for name, state in saved["state"].items()}
+        groups = [
+            _hyperparameters(kept, live, tensors)
+            for kept, live in zip(saved["groups"], engine.groups(), strict=True)
+        ]
+        engine.load_states(states, groups)
         if values["scheduler"].keys() != scheduler.state_dict().keys():
             raise ValueError("it is the state of another scheduler")
         scheduler.load_state_dict(values["scheduler"])
 
 
-def _load_optimizer(
-    saved: Any, tensors: dict[str, torch.Tensor], model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    if not isinstance(saved["state"], dict):
-        raise TypeError("the optimizer's state is no object")
-    names = {id(parameter): name for name, parameter in trainable(model).items()}
-    state: dict[int, Any] = {}
-    groups = []
-    index = 0
-    for live, kept in zip(optimizer.param_groups, saved["groups"], strict=True):
-        indices = []
-        for parameter in live["params"]:
-            name = names[id(parameter)]
-            if name in saved["state"]:
-                state[index] = join(saved["state"][name], tensors)
-            indices.append(index)
-            index += 1
-        hyperparameters = join({key: value for key, value in kept.items() if key != "params"}, tensors)
-        for key, value in hyperparameters.items():
-            if isinstance(live.get(key), tuple):  # betas; JSON has no tuples
-                hyperparameters[key] = tuple(value)
-        groups.append({**hyperparameters, "params": indices})
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+def _hyperparameters(kept: Any, live: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    values = join({key: value for key, value in kept.items() if key != "params"}, tensors)
+    if sorted(kept["params"]) != sorted(live["params"]):
+        raise ValueError("its groups have other parameters")
+    return {
+        key: tuple(value) if isinstance(live.get(key), tuple) else value  # betas; JSON has no tuples
+        for key, value in values.items()
+    }
 
 
 def load_scaler(folder: Path, scaler: Any) -> None:
@@ -281,11 +275,27 @@ def load_scaler(folder: Path, scaler: Any) -> None:
             scaler.load_state_dict(saved)
 
 
-def load_rng(folder: Path) -> None:
-    """Put the generators back to where they were when the checkpoint was saved."""
-    values, tensors = _values(folder), _tensors(folder, RNG)
-    with _reading(folder, f"{STATE} or {RNG}"):
-        rng.restore(join(values["rng"], tensors))
+def load_rng(folder: Path, seed: int) -> None:
+    """Put the generators back to where those of this rank were when the checkpoint was saved.
+
+    A rank that the saved run did not have begins with a seed of its own, made of the job's, the step and the
+    rank; the same world never comes here.
+
+    Args:
+        seed: the job's.
+    """
+    values, rank = _values(folder), world().rank
+    with _reading(folder, STATE):
+        saved = len(values["rng"])
+    if rank >= saved:
+        step = load_steps(folder)[-1].step
+        digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
+        set_seed(int.from_bytes(digest[:4], "big"))
+        return
+    file = RNG.format(rank)
+    tensors = _tensors(folder, file)
+    with _reading(folder, f"{STATE} or {file}"):
+        rng.restore(join(values["rng"][rank], tensors))
 
 
 def load_steps(folder: Path) -> list[Step]:

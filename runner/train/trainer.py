@@ -1,5 +1,8 @@
 """TRL's trainer with our data order, our checkpoints and our record of every step; nothing else changed.
 
+Every rank of an attempt runs one. What they do together (`runner.train.world`) is decided by rank 0, which
+alone writes; the record of a step is of its global batch.
+
 `RunTrainer` is a mixin over any `transformers.Trainer`; a method is one subclass of it and of TRL's trainer
 (`runner.train.methods`). The upstream methods that it overrides are private; `tests/test_upstream.py` fails
 when one of them moves.
@@ -23,14 +26,16 @@ from runner.checkpoint.files import publish, seal
 from runner.durable import disk
 from runner.errors import DataError, RunnerError
 from runner.plan import Geometry, Plan, batch_record, checkpoint_id
-from runner.train import rng, state
+from runner.train import placement, rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
 from runner.train.facts import peak_memory
+from runner.train.gathering import Engine, Whole, Zero, trainable
 from runner.train.memory import memory_named
 from runner.train.models.model import float32_trainable
 from runner.train.sampler import GlobalBatchSampler
+from runner.train.world import from_all
 
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")
 """What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
@@ -66,7 +71,10 @@ class RunTrainer(Trainer):
         self._sampler = GlobalBatchSampler(len(rows.dataset), plan.geometry.global_batch_size, plan.job.seed)
         self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
         self._parent = None if plan.restore is None else plan.restore.name
-        self._micro: list[tuple[torch.Tensor, int, int, list[int]]] = []
+        self._micro: list[tuple[torch.Tensor, int, int]] = []
+        self._step_rows: list[int] = []
+        self._given: torch.optim.Optimizer | None = None
+        self._names: list[list[str]] = []
         self._began = time.monotonic()
         float32_trainable(self.model)
 
@@ -101,18 +109,20 @@ class RunTrainer(Trainer):
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
         """Upstream's micro-batches of one step; names their rows before they can do harm."""
         samples, items = super().get_batch_samples(*args, **kwargs)
-        rows = [index for sample in samples for index in sample["row_index"].tolist()]
-        self._channel.send("begin", step=self.state.global_step + 1, ids=rows)
+        ranks = from_all([sample["row_index"].tolist() for sample in samples])
+        # The sampler's order: a micro-batch of every rank, then the next one.
+        self._step_rows = [index for turn in zip(*ranks, strict=True) for rows in turn for index in rows]
+        self._channel.send("begin", step=self.state.global_step + 1, ids=self._step_rows)
         return samples, items
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        indices = inputs.pop("row_index").tolist()
+        del inputs["row_index"]
         images = int(inputs.pop("image_count").sum())
         tokens = int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self._micro.append((loss.detach(), tokens, images, indices))
+        self._micro.append((loss.detach(), tokens, images))
         return loss
 
     def prediction_step(
@@ -135,7 +145,10 @@ class RunTrainer(Trainer):
         self._began = time.monotonic()
 
     def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
-        loss = float(sum(loss for loss, _, _, _ in self._micro))
+        mine = [float(sum(values)) for values in zip(*self._micro, strict=True)]
+        losses, tokens, images = zip(*from_all(mine), strict=True)
+        # Every rank's is of its own rows, scaled so that the mean over ranks is that of the global batch.
+        loss = sum(losses) / len(losses)
         norm = math.nan if grad_norm is None else float(grad_norm)
         if not (math.isfinite(loss) or self.accelerator.scaler is not None):  # the scaler skips such steps
             raise RunnerError(
@@ -146,9 +159,9 @@ class RunTrainer(Trainer):
             loss=loss,
             grad_norm=norm if math.isfinite(norm) else None,
             learning_rate=float(learning_rate),
-            tokens=sum(tokens for _, tokens, _, _ in self._micro),
-            images=sum(images for _, _, images, _ in self._micro),
-            rows=[index for _, _, _, indices in self._micro for index in indices],
+            tokens=int(sum(tokens)),
+            images=int(sum(images)),
+            rows=self._step_rows,
         )
         self._micro.clear()
         self.steps.append(step)
@@ -179,20 +192,60 @@ class RunTrainer(Trainer):
 
     # --- the state of the run ---
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Upstream's optimizer, remembered as it is before an engine takes it and its parameters apart."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        # An adapter has nothing without weight decay. DeepSpeed drops an empty group, others keep it, and a state
+        # has to fit them all.
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        names = {id(parameter): name for name, parameter in trainable(self.model).items()}
+        self._given = optimizer
+        self._names = [[names[id(one)] for one in group["params"]] for group in optimizer.param_groups]
+        return optimizer
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> Any:
+        """Upstream's, without DeepSpeed's own way to load a checkpoint."""
+        if not self.is_deepspeed_enabled or resume_from_checkpoint is None:
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        else:
+            self._load_from_checkpoint(resume_from_checkpoint)  # the engine is made of these values
+            prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        placement.check(self, self._plan.strategy)
+        return prepared
+
+    @property
+    def engine(self) -> Engine:
+        """What the strategy made of model and optimizer; while it trains."""
+        assert self._given is not None
+        if self.is_deepspeed_enabled:
+            stage = placement.STAGES[self._plan.strategy]
+            return Zero(self.model, self._given, self._names, self.model_wrapped.optimizer, stage)
+        return Whole(self.model, self.optimizer.optimizer)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         done = self.state.global_step
-        for name, parameter in state.trainable(self.model).items():
-            if not torch.isfinite(parameter).all():
-                raise RunnerError(f"step {done}: {name} is not finite any more, nothing is saved. {CALMER}")
         began = time.monotonic()
         self._channel.send("phase", phase="save")
+        snapshot = state.collect(self.engine)
+        if snapshot is not None:
+            self._write_checkpoint(snapshot, done, began)
+        self._parent = checkpoint_id(self._plan, done)
+        self._channel.send("phase", phase="train")
+
+    def _write_checkpoint(self, snapshot: state.Snapshot, done: int, began: float) -> None:
+        for name, values in snapshot.parameters.items():
+            if not torch.isfinite(values).all():
+                raise RunnerError(f"step {done}: {name} is not finite any more, nothing is saved. {CALMER}")
         saving = self._plan.attempt_dir / f"saving-{done:08d}"
         shutil.rmtree(saving, ignore_errors=True)
         saving.mkdir()
         state.save(
             saving,
+            snapshot,
             model=self.model,
-            optimizer=self.optimizer.optimizer,
             scheduler=self.lr_scheduler,
             scaler=self.accelerator.scaler,
             data=self._rows.fingerprint,
@@ -204,9 +257,7 @@ class RunTrainer(Trainer):
         extra = {"batch": batch_record(self._plan.job, self._plan.geometry)}
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
         path = publish(saving, self._plan.run_dir / "outbox", name)
-        self._parent = name
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
-        self._channel.send("phase", phase="train")
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -221,12 +272,7 @@ class RunTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            state.load_optimizer(
-                Path(checkpoint),
-                model=self.model,
-                optimizer=self.optimizer.optimizer,
-                scheduler=self.lr_scheduler,
-            )
+            state.load_optimizer(Path(checkpoint), engine=self.engine, scheduler=self.lr_scheduler)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.accelerator.scaler is not None:
@@ -234,4 +280,4 @@ class RunTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            state.load_rng(Path(checkpoint))
+            state.load_rng(Path(checkpoint), self._plan.job.seed)

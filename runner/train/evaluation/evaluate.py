@@ -27,6 +27,7 @@ from runner.train.data.rows import Rows
 from runner.train.evaluation import pair_metrics
 from runner.train.evaluation.metrics import Summary, exact_match, relaxed_accuracy, summarize
 from runner.train.evaluation.pairs import NOT_THE_MODELS, PairScore, score
+from runner.train.world import from_all, from_first, world
 
 LOADERS_BESIDE_A_GPU = 4
 """Processes that decode images while a GPU generates. On a CPU they would take the cores that generate."""
@@ -82,6 +83,8 @@ def evaluate(
 ) -> Evaluation | None:
     """Generate an answer for every row and judge it; of a pair, score both answers, too.
 
+    Collective: every rank has its share of the rows, and returns all of them.
+
     Args:
         model: a transformers model, or a PEFT model over one, on its device.
         spec: `batch_size` rows at once, `max_new_tokens` each.
@@ -93,21 +96,25 @@ def evaluate(
         Metrics and records; None if `should_stop` said so.
     """
     total = len(rows.dataset)
-    records: list[dict[str, Any]] = []
+    size = world().size
+    # Every rank has as many, because a forward may need all ranks; what is too much is dropped.
+    mine = [number % total for number in range(world().rank, -(-total // size) * size, size)]
+    found: list[dict[str, Any]] = []
     paired = rows.form == "preference"
     collator = Collator(processor, "preference" if paired else "prompt_completion", model.dtype)
     with rng.preserved(), evaluation_mode(model), torch.no_grad():
         config = greedy(model, processor, spec.max_new_tokens)
-        for examples, prompts, answers in _loader(rows, collator, spec.batch_size, model.device):
-            if should_stop():
+        for examples, prompts, answers in _loader(rows, mine, collator, spec.batch_size, model.device):
+            if from_first(should_stop()):
                 return None
             predictions = _generate(model, processor, prompts, config)
             if answers is None:
-                records += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
+                found += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
             else:
                 judged = zip(examples, predictions, score(model, answers), strict=True)
-                records += [_pair_record(row, said, scored, reference) for row, said, scored in judged]
-            on_progress(len(records), total)
+                found += [_pair_record(row, said, scored, reference) for row, said, scored in judged]
+            on_progress(min(len(found) * size, total), total)
+    records = [record for turn in zip(*from_all(found), strict=True) for record in turn][:total]
     if paired:
         return Evaluation(
             pair_metrics.summarize(records, None if reference is None else reference.beta), tuple(records)
@@ -170,11 +177,11 @@ class _Batches:
 
 
 def _loader(
-    rows: Rows, collator: Collator, batch_size: int, device: torch.device
+    rows: Rows, numbers: list[int], collator: Collator, batch_size: int, device: torch.device
 ) -> DataLoader[tuple[list[Row], Batch, Batch | None]]:
     workers = 0 if device.type == "cpu" else min(LOADERS_BESIDE_A_GPU, os.cpu_count() or 1)
     return DataLoader(
-        rows.dataset,
+        rows.dataset.select(numbers),
         batch_size=batch_size,
         shuffle=False,
         num_workers=workers,

@@ -28,6 +28,7 @@ from runner.train.data.rows import Rows
 from runner.train.evaluation.evaluate import Evaluation, Reference, evaluate
 from runner.train.memory import memory_named
 from runner.train.models import model as models
+from runner.train.world import device, from_first, world
 
 BEFORE = "before"
 PREDICTIONS = "{}.predictions.jsonl"
@@ -57,13 +58,16 @@ class Evaluator:
         job = self._plan.job
         if job.evaluation is None or not job.evaluation.baseline:
             return None
-        kept = self._folder / f"{BEFORE}.json"
-        if kept.exists():
-            saved = json.loads(kept.read_text(encoding="utf-8"))
-            if saved["evaluation"] == job.evaluation.model_dump(mode="json"):
-                metrics: dict[str, Any] = saved["metrics"]
-                return metrics
-        return self.run(BEFORE, "evaluate_before", step=0)
+        kept = from_first(self._kept(job.evaluation))
+        return kept or self.run(BEFORE, "evaluate_before", step=0)
+
+    def _kept(self, spec: Spec) -> dict[str, Any] | None:
+        file = self._folder / f"{BEFORE}.json"
+        if not file.exists():
+            return None
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        metrics: dict[str, Any] = saved["metrics"]
+        return metrics if saved["evaluation"] == spec.model_dump(mode="json") else None
 
     def during(self, step: int) -> None:
         """Metrics at a step; a request to stop ends it early and is answered by the next step."""
@@ -84,10 +88,12 @@ class Evaluator:
         size = plan.job.evaluation.batch_size
         message = f"{phase.replace('_', ' ')}: out of memory. Remedy: an evaluation.batch_size below {size}"
         with memory_named(RunnerError, message):
-            result = self._generated(rows, plan.job.evaluation, phase, self._reference(label))
+            reference = from_first(self._reference(label))
+            result = self._generated(rows, plan.job.evaluation, phase, reference)
         if result is None:
             raise Preempted(f"stopped in {phase.replace('_', ' ')}; the state before it is saved")
-        self._write(label, result)
+        if world().first:
+            self._write(label, result)
         self._channel.send("evaluation", when=when or label, step=step, metrics=result.metrics)
         return result.metrics
 
@@ -143,4 +149,4 @@ def _precision(plan: Plan) -> AbstractContextManager[Any]:
     dtype = models.DTYPES[plan.job.model.dtype]
     if dtype is torch.float32:
         return contextlib.nullcontext()
-    return torch.autocast(models.device().type, dtype=dtype)
+    return torch.autocast(device().type, dtype=dtype)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
-from runner.train import state
+from runner.train import gathering, state
 from runner.train.models.model import add_adapter, load_adapter
 
 STARTS_AT_ZERO = (None, True, "gaussian")
@@ -70,13 +70,13 @@ def values_kept(model: PeftModel) -> Iterator[None]:
     And it adds the reference as a second adapter of the same configuration, of which the initialisation would
     move the weights of the base once more (PiSSA, OLoRA); its values are copied in any case.
     """
-    before = {name: value.detach().clone() for name, value in state.trainable(model).items()}
+    before = {name: value.detach().clone() for name, value in gathering.trainable(model).items()}
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     initial, config.init_lora_weights = config.init_lora_weights, True
     yield
     config.init_lora_weights = initial
-    for name, parameter in state.trainable(model).items():
+    for name, parameter in gathering.trainable(model).items():
         parameter.data = before[name]
 
 

@@ -31,13 +31,9 @@ from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train.memory import is_out_of_memory
 from runner.train.models.architectures import PARTS, Parts, parts
+from runner.train.world import device
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
-
-def device() -> torch.device:
-    """The device of this process: the visible GPU, else the CPU."""
-    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def load_config(folder: str) -> Any:
@@ -103,8 +99,11 @@ def image_backend(processor: ProcessorMixin) -> str:
     return "pil" if isinstance(processor.image_processor, PilBackend) else "torchvision"
 
 
-def load_base(job: Job, folder: str) -> PreTrainedModel:
-    """The base model on its device, quantized outside the frozen parts, tower and projector without autograd.
+def load_base(job: Job, folder: str, place: torch.device | None = None) -> PreTrainedModel:
+    """The base model on a device, quantized outside the frozen parts, tower and projector without autograd.
+
+    Args:
+        place: None: the device of this process.
 
     Raises:
         DataError: no such architecture, or the weights do not load.
@@ -118,7 +117,7 @@ def load_base(job: Job, folder: str) -> PreTrainedModel:
             dtype=DTYPES[job.model.dtype],
             attn_implementation=job.model.attn_implementation,
             quantization_config=_quantization(job, where),
-            device_map={"": device()},
+            device_map={"": place or device()},
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(

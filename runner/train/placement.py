@@ -1,0 +1,141 @@
+"""The strategies: what TRL's configuration says, so that Accelerate places the model as the plan wants it.
+
+    strategy          engine                       each process holds
+    single            -                            everything
+    ddp               DistributedDataParallel      everything; gradients are averaged
+    zero1             DeepSpeed, stage 1           weights and gradients; its part of the optimizer's state
+    zero2             DeepSpeed, stage 2           weights; its part of gradients and optimizer's state
+    zero3             DeepSpeed, stage 3           its part of all three
+    fsdp2             PyTorch's `fully_shard`      its part of all three
+
+A CPU silently runs another engine than was asked for: `check` looks at the one that is in force.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from transformers import Trainer, TrainingArguments
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from runner.errors import RunnerError
+from runner.plan import Plan, Strategy
+from runner.train.world import device
+
+STAGES: dict[Strategy, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
+
+SHARDED: tuple[Strategy, ...] = ("zero3", "fsdp2")
+"""Each process holds a part of the weights: a forward is a collective."""
+
+ENGINES: dict[Strategy, tuple[DistributedType, str]] = {
+    "ddp": (DistributedType.MULTI_GPU, "DistributedDataParallel"),
+    "zero1": (DistributedType.DEEPSPEED, "DeepSpeedEngine"),
+    "zero2": (DistributedType.DEEPSPEED, "DeepSpeedEngine"),
+    "zero3": (DistributedType.DEEPSPEED, "DeepSpeedEngine"),
+    "fsdp2": (DistributedType.FSDP, "FSDP"),
+}
+"""What has to be in force: Accelerate's type, and the beginning of the wrapper's class name."""
+
+
+def arguments(plan: Plan) -> dict[str, Any]:
+    """Fields of TrainingArguments, its precision among them: DeepSpeed's own would cast the adapters."""
+    dtype = plan.job.model.dtype
+    precision = {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
+    if plan.strategy in STAGES:
+        return {"deepspeed": _deepspeed(STAGES[plan.strategy], dtype), "bf16": False, "fp16": False}
+    if plan.strategy == "fsdp2":
+        return {**precision, "fsdp": True, "fsdp_config": _FSDP2}
+    if plan.strategy == "ddp":
+        return {**precision, "ddp_find_unused_parameters": False, "ddp_broadcast_buffers": False}
+    return precision
+
+
+_FSDP2 = {
+    "version": 2,
+    "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+    "reshard_after_forward": True,
+    "cpu_ram_efficient_loading": False,
+    "state_dict_type": "FULL_STATE_DICT",
+}
+
+
+def _deepspeed(stage: int, dtype: str) -> dict[str, Any]:
+    """DeepSpeed's configuration. Whatever TrainingArguments knows is `auto`, which takes it from there."""
+    zero: dict[str, Any] = {"stage": stage, "contiguous_gradients": True}
+    if stage == 3:
+        # Persistent parameters are gathered together, as if they were of one type; float32 adapters and a
+        # bfloat16 base are of two (DeepSpeed 0.19, issue 8072).
+        zero["stage3_param_persistence_threshold"] = 0
+    autocast = {"enabled": dtype != "float32", "dtype": dtype}
+    return {
+        "zero_optimization": zero,
+        "bf16": {"enabled": False},  # it would hold the adapters in bfloat16, in memory and in checkpoints
+        "fp16": {"enabled": False},
+        **({"torch_autocast": autocast} if autocast["enabled"] else {}),
+        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+@contextlib.contextmanager
+def loading(built: TrainingArguments) -> Iterator[None]:
+    """Inside, models are loaded whole.
+
+    transformers would partition an unquantized one at once, and nothing could run before the engine is there.
+    """
+    if built.deepspeed is None:
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(built.hf_deepspeed_config)
+
+
+def prepare(plan: Plan) -> None:
+    """After TrainingArguments, before the trainer: make a CPU shard where accelerate (1.15) would run DDP."""
+    if plan.strategy == "fsdp2" and device().type == "cpu":
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def engine(trainer: Trainer) -> dict[str, Any]:
+    """What is in force, as result.json records it."""
+    stage = None
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
+        stage = trainer.model_wrapped.zero_optimization_stage()
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "zero_stage": stage,
+        "distributed_type": str(trainer.accelerator.distributed_type.value),
+    }
+
+
+def check(trainer: Trainer, strategy: Strategy) -> None:
+    """Look at the engine that trains.
+
+    Raises:
+        RunnerError: it is another one than the plan's.
+    """
+    if strategy == "single":
+        return
+    found = engine(trainer)
+    wanted, name = ENGINES[strategy]
+    types = {wanted.value} | ({DistributedType.MULTI_CPU.value} if strategy == "ddp" else set())
+    if (
+        found["distributed_type"] not in types
+        or not found["engine"].startswith(name)
+        or found["zero_stage"] != STAGES.get(strategy)
+    ):
+        raise RunnerError(
+            f"launch.strategy: {strategy} is planned, and {found} is in force; this is a defect of the "
+            "runner; remedy: another launch.strategy, and a report of this message"
+        )
