@@ -9,8 +9,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +23,7 @@ import datasets
 
 from runner.demo import resolve_dataset, resolve_model
 from runner.manifest import Job
-from runner.plan import Fetched, Plan, geometry
+from runner.plan import Fetched, Plan, Strategy, geometry
 
 ROOT = Path(__file__).parents[1]
 
@@ -144,6 +147,53 @@ def run(
     return json.loads(outcome_file.read_text()), events
 
 
+def run_ranks(
+    folder: Path, changes: dict[str, Any], strategy: Strategy, world: int, **fields: Any
+) -> tuple[dict[str, Any], list[Event]]:
+    """One attempt in `world` processes under a strategy, as the supervisor starts them: the outcome and the
+    events of rank 0. The first that ends badly ends the others.
+    """
+    plan = planned(folder, changes, **fields)
+    cut = geometry(plan.job, world)
+    plan = plan.model_copy(update={"strategy": strategy, "geometry": cut, "probe": False})
+    file = plan.attempt_dir / "plan.json"
+    file.write_text(plan.model_dump_json())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    shared |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    reader, writer = _FORKS.Pipe(duplex=False)
+    processes = []
+    for rank in range(world):
+        mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
+        log = plan.attempt_dir / ("trainer.log" if rank == 0 else f"trainer-{rank}.log")
+        given = (file, log, {**os.environ, **mine}, writer if rank == 0 else None)
+        processes.append(_FORKS.Process(target=_trainer, args=given))
+        processes[-1].start()
+    writer.close()
+    threading.Thread(target=_end_together, args=(processes,), daemon=True).start()
+    with os.fdopen(os.dup(reader.fileno())) as lines:
+        events = _heard(lines, lambda event: None)
+    reader.close()
+    for process in processes:
+        process.join()
+    outcomes = sorted(plan.attempt_dir.glob("outcome*.json"), key=lambda path: path.stat().st_mtime_ns)
+    logs = "\n".join(path.read_text()[-3000:] for path in plan.attempt_dir.glob("trainer*.log"))
+    assert outcomes, logs
+    first = json.loads(outcomes[0].read_text())
+    if first["outcome"] in ("done", "preempted"):
+        first = json.loads((plan.attempt_dir / "outcome.json").read_text())
+    return first, events
+
+
+def _end_together(processes: list[Any]) -> None:
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode not in (None, 0, 75) for process in processes):
+            for process in processes:
+                process.kill()
+        time.sleep(0.05)
+
+
 def _heard(lines: Iterable[str], on_event: Callable[[Event], object]) -> list[Event]:
     events = []
     for line in lines:
@@ -185,13 +235,15 @@ def _forked(plan: Path, log: Path, on_event: Callable[[Event], object]) -> list[
     return events
 
 
-def _trainer(plan: Path, log: Path, environment: dict[str, str], events: Connection) -> None:
+def _trainer(plan: Path, log: Path, environment: dict[str, str], events: Connection | None) -> None:
     """In the forked process: what `python -m runner.train PLAN` does."""
     from runner.train.__main__ import main
 
     os.environ.clear()
-    os.environ.update(environment, RUNNER_EVENTS_FD=str(os.dup(events.fileno())))
-    events.close()
+    os.environ.update(environment)
+    if events is not None:
+        os.environ["RUNNER_EVENTS_FD"] = str(os.dup(events.fileno()))
+        events.close()
     with log.open("w") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
