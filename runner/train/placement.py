@@ -86,10 +86,10 @@ def _deepspeed(stage: int, dtype: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def loading(built: TrainingArguments) -> Iterator[None]:
-    """Inside, models are loaded whole.
+def whole(built: TrainingArguments) -> Iterator[None]:
+    """Inside, models are loaded whole, and run without an engine.
 
-    transformers would partition an unquantized one at once, and nothing could run before the engine is there.
+    transformers and TRL look at a global configuration of DeepSpeed, and would take them for partitioned.
     """
     if built.deepspeed is None:
         yield

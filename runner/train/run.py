@@ -65,20 +65,9 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
     arguments = methods.arguments(plan, _steps(plan, prepared))
     channel.send("phase", phase="load")
     with memory_named(RunnerError, OUT_OF_MEMORY):
-        with placement.loading(arguments):
-            base = _start_of(plan)
-        start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
-        before = None
-        # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
-        has_start = adapter.keeps_reference(plan.job)
-        if not has_start:
-            before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
-        set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
-        model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
-        models.check_frozen(model, list(plan.job.model.freeze))
+        with placement.whole(arguments):
+            model, before = _model(plan, channel, prepared)
         evaluator = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows)
-        if has_start:
-            before = evaluator.baseline()
         trainer = _trainer(plan, channel, model, prepared, evaluator, arguments)
         plan = _sized(plan, channel, trainer, prepared)
         channel.send("plan", **_numbers(plan, prepared, trainer))
@@ -174,10 +163,27 @@ def _steps(plan: Plan, prepared: Prepared) -> int:
     )
 
 
+def _model(plan: Plan, channel: Channel, prepared: Prepared) -> tuple[torch.nn.Module, dict[str, Any] | None]:
+    """What trains, and the metrics of what it starts from."""
+    base = _start_of(plan)
+    start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
+    before = None
+    # An adapter that does not begin at zero, or moves weights of the base, is what training starts from.
+    has_start = adapter.keeps_reference(plan.job)
+    if not has_start:
+        before = Evaluator(plan, channel, base, prepared.processor, prepared.eval_rows).baseline()
+    set_seed(plan.job.seed)  # the adapter's initial values depend on nothing that came before
+    model = base if plan.job.lora is None else adapter.adapted(base, plan.job, start)
+    models.check_frozen(model, list(plan.job.model.freeze))
+    if has_start:
+        before = Evaluator(plan, channel, model, prepared.processor, prepared.eval_rows).baseline()
+    return model, before
+
+
 def _start_of(plan: Plan) -> PreTrainedModel:
     """The base model; of full fine-tuning in the precision that it trains in, so that what it is compared
     with, the baseline and dpo's reference, is the same model to the last bit."""
-    base = models.load_base(plan.job, plan.fetched.model)
+    base = models.load_base(plan.job, plan.fetched.model, sharded=plan.strategy in placement.SHARDED)
     if plan.job.lora is None:
         models.float32_trainable(base)
     return base

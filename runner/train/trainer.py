@@ -195,8 +195,8 @@ class RunTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Upstream's optimizer, remembered as it is before an engine takes it and its parameters apart."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        # An adapter has nothing without weight decay. DeepSpeed drops an empty group, others keep it, and a state
-        # has to fit them all.
+        # An adapter has nothing without weight decay. DeepSpeed drops an empty group, others keep it, and a
+        # state has to fit them all.
         optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         names = {id(parameter): name for name, parameter in trainable(self.model).items()}
         self._given = optimizer

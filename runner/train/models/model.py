@@ -99,11 +99,11 @@ def image_backend(processor: ProcessorMixin) -> str:
     return "pil" if isinstance(processor.image_processor, PilBackend) else "torchvision"
 
 
-def load_base(job: Job, folder: str, place: torch.device | None = None) -> PreTrainedModel:
-    """The base model on a device, quantized outside the frozen parts, tower and projector without autograd.
+def load_base(job: Job, folder: str, *, sharded: bool = False) -> PreTrainedModel:
+    """The base model on its device, quantized outside the frozen parts, tower and projector without autograd.
 
     Args:
-        place: None: the device of this process.
+        sharded: whether an engine will split its weights.
 
     Raises:
         DataError: no such architecture, or the weights do not load.
@@ -116,8 +116,8 @@ def load_base(job: Job, folder: str, place: torch.device | None = None) -> PreTr
             folder,
             dtype=DTYPES[job.model.dtype],
             attn_implementation=job.model.attn_implementation,
-            quantization_config=_quantization(job, where),
-            device_map={"": place or device()},
+            quantization_config=_quantization(job, where, sharded),
+            device_map={"": device()},
         )
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
@@ -144,8 +144,11 @@ def _with_scales(module: Linear8bitLt, _inputs: object) -> None:
         module.weight.SCB = module.state.SCB
 
 
-def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
-    """bitsandbytes' configuration; what is frozen, and the head that TRL multiplies raw, stays as it is."""
+def _quantization(job: Job, where: Parts, sharded: bool) -> BitsAndBytesConfig | None:
+    """bitsandbytes' configuration; what is frozen, and the head that TRL multiplies raw, stays as it is.
+
+    Engines split floats alone: for them the same bits are stored as such (`bnb_4bit_quant_storage`).
+    """
     if job.quantization is None:
         return None
     options = dict(job.quantization)
@@ -157,6 +160,8 @@ def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
     options["llm_int8_skip_modules"] = list(dict.fromkeys(skipped))
     if options.get("load_in_4bit"):
         options.setdefault("bnb_4bit_compute_dtype", job.model.dtype)  # upstream's default is float32
+        if sharded:
+            options.setdefault("bnb_4bit_quant_storage", job.model.dtype)
     try:
         return BitsAndBytesConfig(**options)
     except (TypeError, ValueError) as error:
