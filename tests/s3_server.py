@@ -89,12 +89,12 @@ def one_write_at_a_time(store: Application) -> Application:
 
 def serve(port: int, window: float) -> None:
     """Never returns."""
-    from moto.s3.models import S3Backend
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
         MotoRequestHandler,
         create_backend_app,
     )
+    from moto.s3.models import S3Backend
     from werkzeug.serving import run_simple
 
     def late(write: Callable[..., Any]) -> Callable[..., Any]:
