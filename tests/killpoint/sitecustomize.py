@@ -1,9 +1,9 @@
 """Test only: kills this process, with a real SIGKILL, inside a named function of the real runner.
 
-Python imports this module at start when its folder is on PYTHONPATH. `KILL_AT` is a list, with semicolons, of
-`module:attribute:count:who`: a function, the call that dies (from 1, in this process) and who dies with it:
-`self`, or `tree` for this process and its parent, the supervisor of a trainer. `KILLED` is a folder that
-keeps a file for every point that has killed; a process arms the first point that has none.
+Python imports this module at start when its folder is on PYTHONPATH; `tests.warm` runs it later. `KILL_AT` is
+a list, with semicolons, of `module:attribute:count:who`: a function, the call that dies (from 1, in this
+process) and who dies with it: `self`, or `tree` for this process and its supervisor, SUPERVISOR or its parent.
+`KILLED` is a folder that keeps a file for every point that has killed; a process arms the first without.
 """
 
 import importlib.abc
@@ -17,7 +17,7 @@ import sys
 def _die(mark, who):
     mark.touch()
     if who == "tree":
-        os.kill(os.getppid(), signal.SIGKILL)
+        os.kill(int(os.environ.get("SUPERVISOR", os.getppid())), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -63,5 +63,8 @@ for _number, _point in enumerate(os.environ.get("KILL_AT", "").split(";")):
     _mark = pathlib.Path(os.environ.get("KILLED", ""), str(_number))
     if _point and not _mark.exists():
         _module, _attribute, _count, _who = _point.split(":")
-        sys.meta_path.insert(0, _Finder(_module, _mark, _attribute, int(_count), _who))
+        if _module in sys.modules:
+            _arm(sys.modules[_module], _mark, _attribute, int(_count), _who)
+        else:
+            sys.meta_path.insert(0, _Finder(_module, _mark, _attribute, int(_count), _who))
         break
