@@ -25,23 +25,11 @@ from runner.checkpoint.s3_parts import Slice, cut, joined
 from runner.checkpoint.store import Missing, Patience, Store, Transient, probe
 from runner.errors import AccessDenied, DataError, JobError, StorageError
 from tests.fault_proxy import FaultProxy
+from tests.runs_in_store import Clock
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
 
 PART = 5 << 20
 """S3's smallest, and moto's."""
-
-
-class Clock:
-    """Time that passes when somebody waits."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 @pytest.fixture(scope="module")

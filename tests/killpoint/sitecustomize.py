@@ -2,8 +2,9 @@
 
 Python imports this module at start when its folder is on PYTHONPATH; `tests.warm` runs it later. `KILL_AT` is
 a list, with semicolons, of `module:attribute:count:who`: a function, the call that dies (from 1, in this
-process) and who dies with it: `self`, or `tree` for this process and its supervisor, SUPERVISOR or its parent.
-`KILLED` is a folder that keeps a file for every point that has killed; a process arms the first without.
+process) and who dies with it: `self`, or `tree` for this process and its supervisor, which is SUPERVISOR or
+the parent. `KILLED` is a folder that keeps a file for every point that has killed; a process arms the first
+point that has none.
 """
 
 import importlib.abc
