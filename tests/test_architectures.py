@@ -24,7 +24,7 @@ from runner.train.data.rows import Rows
 from runner.train.models import model as models
 from runner.train.models.architectures import ARCHITECTURES, PARTS, parts
 from runner.train.models.paligemma import PaliGemmaProcessor
-from tests import samples, warm
+from tests import samples
 from tests.test_model import job
 from tests.tiny_models import MAKERS, NEED_TORCHVISION, save
 from tests.trials import ANSWERS, REJECTED, rows
@@ -63,16 +63,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if needed and not (INSTALLED or TORCHVISION.is_dir()):
             continue
         path = [str(SHIM), str(TORCHVISION)] if needed and not INSTALLED else []
-        trials = [trial for trial in TRIALS if needs_torchvision(trial) == needed]
-        command = (
-            [sys.executable, "-m", "tests.trials", str(folder), *trials]
-            if path
-            else warm.command("tests.trials", str(folder), *trials)
-        )
+        command = [sys.executable, "-m", "tests.trials", str(folder)]
         started.append(
             subprocess.Popen(
-                command,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                [*command, *[trial for trial in TRIALS if needs_torchvision(trial) == needed]],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
                 cwd=Path(__file__).parents[1],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
