@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import runpy
+import signal
 import socket
 import sys
 import tempfile
@@ -75,6 +76,8 @@ def _serve(client: socket.socket) -> None:
             pipe.close()
         if process.sentinel not in wait([process.sentinel, client]):
             process.kill()
+        with contextlib.suppress(ProcessLookupError):  # workers of its data loader, which hold its pipes open
+            os.killpg(process.pid, signal.SIGKILL)
         process.join()
         with contextlib.suppress(OSError):
             client.send(str(process.exitcode).encode())
