@@ -71,9 +71,9 @@ class Command:
             self._code = os.waitstatus_to_exitcode(status) if pid else None
         return self._code
 
-    def finish(self, seconds: float = 60) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """Its exit code, or minus the signal, and all that it wrote."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + 60
         while (code := self.poll()) is None:
             assert time.monotonic() < deadline, self._output.read_text()
             time.sleep(0.005)

@@ -1,8 +1,6 @@
 """Kill it anywhere, run the same command again: the same adapter, byte for byte, the same loss every step.
 
-Real processes, real SIGKILLs: at named points (`tests/killpoint`) and at random moments. The undisturbed run
-and the one that is stopped are commands as a person gives them; those that are killed are forked with all
-imports done (`tests.machines.Command`, `tests.warm`), and end with the same bytes. The job has what
+Real processes, real SIGKILLs: at named points (`tests/killpoint`) and at random moments. The job has what
 breaks naive resumes: dropout, two loader workers, a 4-bit base in bfloat16, evaluation of the loss and by
 generation during training, a constant schedule, rows that do not fill the last global batch.
 """
@@ -22,15 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
-from runner import launch
-from runner.settings import resolve
-from tests import warm
 from tests.attempts import JOB, merged
-from tests.machines import Command
 
-LONG = 300
-"""Seconds that a run may take on a busy machine."""
-
+KILLPOINT = Path(__file__).with_name("killpoint")
 SOURCE = JOB["datasets"]["train"][0]
 RUN = merged(
     JOB,
@@ -77,17 +69,14 @@ def command(job: Path, runs: Path) -> list[str]:
     return [sys.executable, "-m", "runner", "train", str(job), "--runs", str(runs)]
 
 
-def start(job: Path, runs: Path, **environment: str) -> Command:
-    """The same in forked processes."""
-    trainer = warm.command("runner.train")
-
-    def act() -> int:
-        os.environ.update(environment)
-        if environment:
-            warm.arm()
-        return launch.train(resolve(str(job), [], {}), runs, trainer=trainer)
-
-    return Command(act, runs)
+def start(job: Path, runs: Path, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command(job, runs),
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def left_behind(runs: Path) -> dict[str, bytes]:
@@ -126,14 +115,15 @@ def undisturbed(job: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 def killing(points: dict[str, str], marks: Path) -> dict[str, str]:
     """The environment in which processes die at `points`, one after the other."""
     marks.mkdir()
-    return {"KILL_AT": ";".join(points.values()), "KILLED": str(marks)}
+    return {"PYTHONPATH": str(KILLPOINT), "KILL_AT": ";".join(points.values()), "KILLED": str(marks)}
 
 
 def test_a_trainer_killed_again_and_again_ends_with_the_same_bytes(
     job: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    code, printed = start(job, tmp_path, **killing(TRAINER, tmp_path / "marks")).finish(LONG)
-    assert code == 0, printed
+    process = start(job, tmp_path, **killing(TRAINER, tmp_path / "marks"))
+    printed, _ = process.communicate()
+    assert process.returncode == 0, printed
     assert len(list((tmp_path / "marks").iterdir())) == len(TRAINER), printed
     assert left_behind(tmp_path) == undisturbed
     assert result(tmp_path)["attempts"] == len(TRAINER) + 1
@@ -145,10 +135,12 @@ def test_a_tree_killed_again_and_again_ends_with_the_same_bytes(
 ) -> None:
     environment = killing(TREE, tmp_path / "marks")
     for place in TREE:
-        code, printed = start(job, tmp_path, **environment).finish(LONG)
-        assert code == -signal.SIGKILL, f"{place}: nothing died:\n{printed}"
-    code, printed = start(job, tmp_path, **environment).finish(LONG)
-    assert code == 0, printed
+        process = start(job, tmp_path, **environment)
+        printed, _ = process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"{place}: nothing died:\n{printed}"
+    last = start(job, tmp_path, **environment)
+    printed, _ = last.communicate()
+    assert last.returncode == 0, printed
     assert left_behind(tmp_path) == undisturbed
     assert result(tmp_path)["outcome"] == "done"
 
@@ -169,22 +161,21 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(
         ):
             time.sleep(0.005)
         if process.poll() is None:
-            process.send(signal.SIGKILL)
+            process.kill()
             deaths += 1
-        if process.finish(LONG)[0] == 0:
+        process.communicate()
+        if process.returncode == 0:
             break
     assert deaths > 0
-    code, printed = start(job, tmp_path).finish(LONG)
-    assert code == 0, printed
+    last = subprocess.run(command(job, tmp_path), capture_output=True, text=True)
+    assert last.returncode == 0, last.stdout + last.stderr
     assert left_behind(tmp_path) == undisturbed
 
 
 def test_ctrl_c_saves_and_leaves_with_75_and_the_same_command_goes_on(
     job: Path, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = subprocess.Popen(
-        command(job, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    process = start(job, tmp_path)
     events = tmp_path / "killed" / "events.jsonl"
     while process.poll() is None and not (events.exists() and b'"event": "step"' in events.read_bytes()):
         time.sleep(0.01)

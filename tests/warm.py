@@ -4,15 +4,14 @@ the libraries already (`tests.attempts`), which takes longer than most attempts 
     launch.train(resolved, runs, trainer=warm.command("runner.train"))
 
 The supervisor starts `tests/warm_client.py`, which asks this process for the trainer: same output, pipes and
-environment, and a SIGKILL for one is one for both. Its parent is not the supervisor; SUPERVISOR has that
-number. The interpreter's own start, with nothing imported, is in tests/test_resume.py and test_readme.py.
+environment, and a SIGKILL for one is one for both. Its parent is not the supervisor. Trainers that start as
+a person's do, with nothing imported, are in tests/test_resume.py and test_readme.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import json
 import os
 import runpy
@@ -28,7 +27,6 @@ from typing import Any
 from tests.attempts import FORKS
 
 CLIENT = Path(__file__).with_name("warm_client.py")
-KILLPOINT = Path(__file__).parent / "killpoint" / "sitecustomize.py"
 
 _LARGEST = 1 << 17
 """Bytes of what a client sends: an environment and a command line."""
@@ -37,13 +35,6 @@ _LARGEST = 1 << 17
 def command(module: str, *arguments: str) -> list[str]:
     """What does as `python -m MODULE ARGUMENTS...`. Before a supervisor is forked: it starts a thread."""
     return [sys.executable, "-I", "-S", str(CLIENT), _address(), module, *arguments]
-
-
-def arm() -> None:
-    """In a process that did not begin with `tests/killpoint` on its path: let it die where KILL_AT says."""
-    spec = importlib.util.spec_from_file_location("killpoint", KILLPOINT)
-    assert spec is not None and spec.loader is not None
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 @functools.cache
@@ -94,8 +85,6 @@ def _trainer(asked: dict[str, Any], pipes: list[Connection]) -> None:
         pipe.close()
     os.environ.clear()
     os.environ.update(asked["environ"], **held)
-    if "KILL_AT" in os.environ:
-        arm()
     module, *arguments = asked["command"]
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -14,8 +14,7 @@ import sys
 def main(address: str, command: list[str]) -> int:
     """Returns the trainer's exit code, or dies of its signal."""
     pipes = {name: int(value) for name, value in os.environ.items() if name.endswith("_FD")}
-    environ = {**os.environ, "SUPERVISOR": str(os.getppid())}
-    asked = {"command": command, "environ": environ, "pipes": list(pipes)}
+    asked = {"command": command, "environ": dict(os.environ), "pipes": list(pipes)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(address)
         socket.send_fds(connection, [json.dumps(asked).encode()], [1, 2, *pipes.values()])

@@ -1,10 +1,9 @@
 """Test only: kills this process, with a real SIGKILL, inside a named function of the real runner.
 
-Python imports this module at start when its folder is on PYTHONPATH; `tests.warm` runs it later. `KILL_AT` is
-a list, with semicolons, of `module:attribute:count:who`: a function, the call that dies (from 1, in this
-process) and who dies with it: `self`, or `tree` for this process and its supervisor, which is SUPERVISOR or
-the parent. `KILLED` is a folder that keeps a file for every point that has killed; a process arms the first
-point that has none.
+Python imports this module at start when its folder is on PYTHONPATH. `KILL_AT` is a list, with semicolons, of
+`module:attribute:count:who`: a function, the call that dies (from 1, in this process) and who dies with it:
+`self`, or `tree` for this process and its parent, the supervisor of a trainer. `KILLED` is a folder that
+keeps a file for every point that has killed; a process arms the first point that has none.
 """
 
 import importlib.abc
@@ -18,7 +17,7 @@ import sys
 def _die(mark, who):
     mark.touch()
     if who == "tree":
-        os.kill(int(os.environ.get("SUPERVISOR", os.getppid())), signal.SIGKILL)
+        os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -64,8 +63,5 @@ for _number, _point in enumerate(os.environ.get("KILL_AT", "").split(";")):
     _mark = pathlib.Path(os.environ.get("KILLED", ""), str(_number))
     if _point and not _mark.exists():
         _module, _attribute, _count, _who = _point.split(":")
-        if _module in sys.modules:
-            _arm(sys.modules[_module], _mark, _attribute, int(_count), _who)
-        else:
-            sys.meta_path.insert(0, _Finder(_module, _mark, _attribute, int(_count), _who))
+        sys.meta_path.insert(0, _Finder(_module, _mark, _attribute, int(_count), _who))
         break
