@@ -219,13 +219,13 @@ def _started(command: list[str], log: Path, on_event: Callable[[Event], object])
     return events
 
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["runner.train.run", __name__])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["runner.train.run", __name__])
 
 
 def _forked(plan: Path, log: Path, on_event: Callable[[Event], object]) -> list[Event]:
-    reader, writer = _FORKS.Pipe(duplex=False)
-    process = _FORKS.Process(target=_trainer, args=(plan, log, dict(os.environ), writer))
+    reader, writer = FORKS.Pipe(duplex=False)
+    process = FORKS.Process(target=_trainer, args=(plan, log, dict(os.environ), writer))
     process.start()
     writer.close()
     with os.fdopen(os.dup(reader.fileno())) as lines:

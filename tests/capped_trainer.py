@@ -1,9 +1,10 @@
 """`python -m runner.train PLAN` on a machine with less memory: real allocations fail, at a chosen place.
 
-capped_trainer.py '[{"rows": 4, "step": 7}]' PLAN          a pass of more than 4 rows, in training from step 7
-capped_trainer.py '[{"rows": 2, "attempt": 3}]' PLAN       in attempt 3 alone, wherever it is
-capped_trainer.py '[{"room": 300}]' PLAN          RLIMIT_DATA, that many MiB above what is in use at
-                                                    the first pass
+    python -m tests.capped_trainer CAPS PLAN
+
+[{"rows": 4, "step": 7}]       a pass of more than 4 rows, in training from step 7
+[{"rows": 2, "attempt": 3}]    in attempt 3 alone, wherever it is
+[{"room": 300}]                RLIMIT_DATA, that many MiB above what is in use at the first pass
 """
 
 from __future__ import annotations

@@ -74,17 +74,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONGEST = (
     "demos",
-    "dpo",
     "resume",
-    "architectures",
+    "chaos",
+    "faults",
+    "damage",
     "batch",
-    "readme",
+    "architectures",
+    "dpo",
     "jobs",
+    "shipping",
+    "readme",
+    "request",
     "equality",
+    "collection",
     "options",
+    "custody",
+    "checkpoint_verbs",
+    "demo",
+    "fuzz",
+    "iam",
     "ladder",
+    "protocol_model",
 )
-"""Files that take a minute and more, longest first: what begins last should be short."""
+"""Files that take ten seconds and more, longest first: what begins last should be short."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

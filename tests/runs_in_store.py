@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Self
 
 from runner.checkpoint.collect import Collector
 from runner.checkpoint.commit import Committer
@@ -34,12 +35,23 @@ class Clock:
 class Run:
     """A supervisor that owns a run."""
 
-    def __init__(self, store: Store, path: Path, clock: Clock, name: str = "a", keep_last: int = 2) -> None:
+    def __init__(
+        self,
+        store: Store,
+        path: Path,
+        clock: Clock,
+        name: str = "a",
+        keep_last: int = 2,
+        *,
+        on_event: Callable[[Mapping[str, Any]], object] = lambda event: None,
+        job: str | None = None,
+        lock: str | None = None,
+    ) -> None:
         self.store = store
         self.path = path / f"{name}-{uuid.uuid4().hex}"
         self.path.mkdir()
-        patience = Patience(300, clock, lambda event: None)
-        owner = Owner(attempt=name, host=f"host-{name}")
+        patience = Patience(300, clock, on_event)
+        owner = Owner(attempt=name, host=f"host-{name}", job=job, lock=lock)
         kept = {"geometry": {"per_device": 4}}
         self.lease = Lease(store, owner, clock, patience, along=lambda: kept)
         self.manifests = Manifests(store)
@@ -47,7 +59,7 @@ class Run:
         self.collector = Collector(store, self.lease, self.manifests, self.committer, clock)
         self.parent: str | None = None
 
-    def taken(self) -> Run:
+    def taken(self) -> Self:
         assert self.lease.take()
         return self
 

@@ -29,10 +29,10 @@ from runner.train.data.collator import Collator
 from runner.train.memory import is_out_of_memory
 from runner.train.models.model import load_adapter
 from runner.train.trainer import RunTrainer
+from tests import warm
 from tests.attempts import JOB, charts, merged, planned, run, steps
 from tests.samples import chartqa, llava_next, png, rows, smolvlm, source
 
-CAPPED = Path(__file__).with_name("capped_trainer.py")
 AUTO = {"training": {"per_device_train_batch_size": "auto"}}
 
 
@@ -45,7 +45,7 @@ def heavy(longest_edge: int, training: dict[str, Any]) -> dict[str, Any]:
 
 
 def capped(*caps: dict[str, Any]) -> list[str]:
-    return [sys.executable, str(CAPPED), json.dumps(caps)]
+    return warm.command("tests.capped_trainer", json.dumps(caps))
 
 
 # --- the probe, in this process ---
@@ -274,7 +274,9 @@ def test_the_probe_goes_down_to_what_a_memory_limit_allows(
     """A limit of the system's own, which the run then keeps to the end."""
     # glibc keeps what it once had from the system; tensors of their own mappings go back.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(1 << 17))
-    outcome, events = run(tmp_path, heavy(longest_edge=512, **AUTO), trainer=capped({"room": 140}))
+    # A process of its own: one that is forked has room already, of what its parent gave back.
+    trainer = [sys.executable, "-m", "tests.capped_trainer", json.dumps([{"room": 140}])]
+    outcome, events = run(tmp_path, heavy(longest_edge=512, **AUTO), trainer=trainer)
     assert outcome["outcome"] == "done", outcome["error"]
     tried = [event["per_device"] for event in events if event["event"] == "probe"]
     assert tried[:2] == [1, 8]
@@ -282,16 +284,13 @@ def test_the_probe_goes_down_to_what_a_memory_limit_allows(
     assert [len(step["ids"]) for step in steps(events)] == [8]
 
 
-def test_a_run_that_runs_out_of_memory_ends_as_one_that_began_with_what_fits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_runs_out_of_memory_ends_as_one_that_began_with_what_fits(tmp_path: Path) -> None:
     """At the first step, at step 7, and at the first step after the resume from 6: 8, 4, 2, then 1."""
     charts()
     training = {"num_train_epochs": 4, "max_steps": 8, "per_device_train_batch_size": "auto"}
     wanted = merged(JOB, {"training": training, "checkpoints": {"save_steps": 2}})
     job = tmp_path / "job.json"
     job.write_text(json.dumps(wanted))  # JSON is YAML
-    monkeypatch.setenv("PYTHONPATH", str(CAPPED.parents[1]))
     caps = (
         {"rows": 4, "step": 1, "attempt": 1},
         {"rows": 2, "step": 7, "attempt": 2},

@@ -44,7 +44,7 @@ def chaos(*arguments: str) -> None:
 
 
 def test_sweep_duels_and_planted_defects() -> None:
-    chaos("--kills", "20", "--every", "16", "--duels", "3", "--defects", "--seed", "1")
+    chaos("--kills", "16", "--every", "27", "--duels", "3", "--defects", "--seed", "1")
 
 
 def test_storm_of_another_seed() -> None:

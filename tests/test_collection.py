@@ -47,25 +47,13 @@ from runner.checkpoint.s3 import S3Store, Settings
 from runner.checkpoint.store import Object, Patience, Store
 from runner.errors import NotOwner
 from tests.fault_proxy import FaultProxy
+from tests.runs_in_store import Clock
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
 
 KEEP = 3
 
 OTHERS = ("run.json", "events/000001-1.jsonl", "jobs/1.yaml")
 """Objects that are not the collector's."""
-
-
-class Clock:
-    """Time that passes when it is told to."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 class Killed(Exception):
@@ -436,9 +424,7 @@ def test_ten_thousand_checkpoints_leave_what_head_names(tmp_path: Path, serial: 
     assert found.data.startswith(f"state {world.step:08d}".encode())
 
 
-def test_three_hundred_in_a_bucket_leave_what_head_names(
-    tmp_path: Path, serial: None, server: Server
-) -> None:
+def test_a_hundred_in_a_bucket_leave_what_head_names(tmp_path: Path, serial: None, server: Server) -> None:
     """The requests of a commit and of a restore are then as many as after the first."""
     store = server.store("short", counted=False)
     short = World(store, tmp_path / "saved", seed=2)
@@ -447,7 +433,7 @@ def test_three_hundred_in_a_bucket_leave_what_head_names(
     store.close()
     store = server.store("long", counted=False)
     world = World(store, tmp_path / "saved", seed=3)
-    world.live(300, collect_every=10, trouble=5)
+    world.live(100, collect_every=10, trouble=5)
     assert min(world.seen.get(what, 0) for what in ("take-over", "bad", "pin")) > 0, world.seen
     left, named = world.left()
     assert left == named

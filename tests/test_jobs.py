@@ -7,15 +7,14 @@ columns and types of the datasets that the jobs name (`tests.recorded`).
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from runner import launch
 from runner.settings import resolve
+from tests import warm
 from tests.recorded import SCHEMAS, copy
 
 ROOT = Path(__file__).parents[1]
@@ -51,16 +50,18 @@ def test_a_job_opens_with_what_it_is(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", JOBS, ids=lambda file: file.stem)
-def test_a_job_trains_two_steps(file: Path, tmp_path: Path, copies: dict[str, Path]) -> None:
+def test_a_job_trains_two_steps(
+    file: Path, tmp_path: Path, copies: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = resolve(str(file), [], {}).job
     overrides = list(SMALL)
     for part in ("train", "eval"):
         for index, source in enumerate(getattr(job.datasets, part)):
             if not source.path.startswith("demo:"):
                 overrides.append(f"datasets.{part}[{index}].path={copies[source.path]}")
-    command = [sys.executable, "-m", "runner", "train", str(file), "--runs", str(tmp_path), *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ))
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.chdir(tmp_path)
+    trainer = warm.command("runner.train")
+    assert launch.train(resolve(str(file), overrides, {}), tmp_path, trainer=trainer) == 0
     result = json.loads((tmp_path / job.name / "result.json").read_text())
     assert result["steps"] == 2
     assert all(metrics for metrics in result["metrics"].values())

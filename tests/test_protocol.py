@@ -10,9 +10,7 @@ from typing import Any
 
 import pytest
 
-from runner.checkpoint.collect import GRACE, Collector, garbage
-from runner.checkpoint.commit import Committer
-from runner.checkpoint.files import publish, seal
+from runner.checkpoint.collect import GRACE, garbage
 from runner.checkpoint.head import (
     HEAD,
     TTL,
@@ -28,27 +26,12 @@ from runner.checkpoint.head import (
     epoch_of,
     manifest_key,
 )
-from runner.checkpoint.lease import Claim, Fate, Lease, claim, fate
-from runner.checkpoint.manifests import Manifests
+from runner.checkpoint.lease import Claim, Fate, claim, fate
 from runner.checkpoint.memory import MemoryStore
 from runner.checkpoint.restore import restore
-from runner.checkpoint.store import Object, Patience, Store, Transient
+from runner.checkpoint.store import Object, Store, Transient
 from runner.errors import DataError, JobError, NotOwner, Preempted, StorageError
-
-
-class Clock:
-    """Time that passes when somebody waits; `each` is called then."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-        self.each: Callable[[], object] = lambda: None
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
-        self.each()
+from tests.runs_in_store import Clock, Run
 
 
 class Unanswered(MemoryStore):
@@ -83,45 +66,15 @@ class Unanswered(MemoryStore):
         return super().read(key)
 
 
-class Process:
-    """One supervisor's view of a run: everything that it has in memory, and its folder."""
+class Process(Run):
+    """A supervisor with a clock of its own, and what it said."""
 
     def __init__(
         self, store: Store, path: Path, name: str, job: str | None = None, lock: str | None = None
     ) -> None:
         self.events: list[Mapping[str, Any]] = []
         self.clock = Clock()
-        self.store = store
-        self.path = path / name
-        self.path.mkdir(exist_ok=True)
-        owner = Owner(attempt=name, host=f"host-{name}", job=job, lock=lock)
-        patience = Patience(300, self.clock, self.events.append)
-        kept = {"geometry": {"per_device": 4}}
-        self.lease = Lease(store, owner, self.clock, patience, along=lambda: kept)
-        self.manifests = Manifests(store)
-        self.committer = Committer(store, self.lease, self.manifests, keep_last=2)
-        self.collector = Collector(store, self.lease, self.manifests, self.committer, self.clock)
-        self.parent: str | None = None
-
-    def taken(self) -> Process:
-        assert self.lease.take()
-        return self
-
-    def commit(self, step: int, content: str | None = None) -> Entry:
-        """Save, seal and commit what a deterministic trainer has at a step."""
-        name = f"{step:08d}-{self.lease.head.epoch:04d}"
-        saving = self.path / "saving"
-        saving.mkdir()
-        (saving / "state").write_text(content or f"state at {step}")
-        (saving / "config.json").write_text("{}")
-        sealed = seal(saving, id=name, step=step, parent=self.parent, extra={})
-        outbox = self.path / "outbox"
-        outbox.mkdir(exist_ok=True)
-        folder = publish(sealed.folder, outbox, name)
-        entry, dropped = self.committer.commit(type(sealed)(**{**vars(sealed), "folder": folder}))
-        self.collector.dropped(dropped)
-        self.parent = name
-        return entry
+        super().__init__(store, path, self.clock, name, on_event=self.events.append, job=job, lock=lock)
 
     def restored(self) -> tuple[int, str]:
         """Step and state of what a restore gives."""
@@ -531,12 +484,12 @@ def test_unreadable_manifest_stops_the_collection(a: Process, store: Unanswered,
 
 
 def test_content_that_was_deleted_comes_back_under_another_key(a: Process, store: Unanswered) -> None:
-    a.commit(2, "again")
+    a.commit(2, state=b"again")
     for step in (4, 6):
         a.commit(step)
     a.clock.time += GRACE
     a.collector.collect()
-    a.commit(8, "again")
+    a.commit(8, state=b"again")
     key = blob_key(1, hashlib.sha256(b"again").hexdigest(), 0)
     assert key not in store.objects
     assert f"{key}-1" in store.objects

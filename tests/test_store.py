@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -10,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +25,11 @@ from runner.checkpoint.s3_parts import Slice, cut, joined
 from runner.checkpoint.store import Missing, Patience, Store, Transient, probe
 from runner.errors import AccessDenied, DataError, JobError, StorageError
 from tests.fault_proxy import FaultProxy
+from tests.runs_in_store import Clock
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
 
 PART = 5 << 20
 """S3's smallest, and moto's."""
-
-
-class Clock:
-    """Time that passes when somebody waits."""
-
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +88,40 @@ def file_of(path: Path, data: bytes) -> tuple[Path, int, str]:
 def held(store: Store, key: str) -> bytes | None:
     found = store.read(key)
     return None if found is None else found.data
+
+
+def test_server_of_these_tests_keeps_its_conditions_whoever_meets() -> None:
+    """moto alone does not: every one of these writes is under way while the next looks."""
+
+    signed = "AWS4-HMAC-SHA256 Credential=test/20300101/us-east-1/s3/aws4_request"
+
+    def asked(method: str, path: str, body: bytes = b"", **headers: str) -> tuple[int, bytes]:
+        with contextlib.closing(HTTPConnection("127.0.0.1", port)) as connection:
+            named = {name.replace("_", "-"): value for name, value in headers.items()}
+            connection.request(method, f"/{BUCKET}/{path}", body, {"Authorization": signed, **named})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+
+    def sent(number: int) -> str:
+        _, begun = asked("POST", "parts?uploads")
+        upload = begun.partition(b"<UploadId>")[2].partition(b"</UploadId>")[0].decode()
+        asked("PUT", f"parts?partNumber=1&uploadId={upload}", str(number).encode())
+        return upload
+
+    def completed(upload: str) -> int:
+        etag = hashlib.md5(str(uploads.index(upload)).encode(), usedforsecurity=False).hexdigest()
+        part = f"<Part><PartNumber>1</PartNumber><ETag>{etag}</ETag></Part>"
+        body = f"<CompleteMultipartUpload>{part}</CompleteMultipartUpload>".encode()
+        return asked("POST", f"parts?uploadId={upload}", body, If_None_Match="*")[0]
+
+    with s3_server(window=0.05) as port, ThreadPoolExecutor(8) as pool:
+        made = pool.map(lambda n: asked("PUT", "once", str(n).encode(), If_None_Match="*")[0], range(8))
+        assert sorted(made) == [200, *[412] * 7]
+        etag = hashlib.md5(asked("GET", "once")[1], usedforsecurity=False).hexdigest()
+        swapped = pool.map(lambda n: asked("PUT", "once", b"next", If_Match=etag)[0], range(8))
+        assert sorted(swapped) == [200, *[412] * 7]
+        uploads = [sent(number) for number in range(8)]
+        assert sorted(pool.map(completed, uploads)) == [200, *[412] * 7]
 
 
 # --- the contract ---
