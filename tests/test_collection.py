@@ -424,7 +424,7 @@ def test_ten_thousand_checkpoints_leave_what_head_names(tmp_path: Path, serial: 
     assert found.data.startswith(f"state {world.step:08d}".encode())
 
 
-def test_a_hundred_in_a_bucket_leave_what_head_names(tmp_path: Path, serial: None, server: Server) -> None:
+def test_three_hundred_in_a_bucket_leave_what_head_names(tmp_path: Path, serial: None, server: Server) -> None:
     """The requests of a commit and of a restore are then as many as after the first."""
     store = server.store("short", counted=False)
     short = World(store, tmp_path / "saved", seed=2)
@@ -433,7 +433,7 @@ def test_a_hundred_in_a_bucket_leave_what_head_names(tmp_path: Path, serial: Non
     store.close()
     store = server.store("long", counted=False)
     world = World(store, tmp_path / "saved", seed=3)
-    world.live(100, collect_every=10, trouble=5)
+    world.live(300, collect_every=10, trouble=5)
     assert min(world.seen.get(what, 0) for what in ("take-over", "bad", "pin")) > 0, world.seen
     left, named = world.left()
     assert left == named
