@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,15 @@ import pytest
 
 from runner.errors import JobError
 from runner.manifest import Job
-from runner.plan import batch_record, changes, geometry
+from runner.plan import Fetched, Plan, batch_record, changes, geometry
+from runner.supervisor import attempt, cgroup
 from runner.supervisor.attempt import judged
 from runner.supervisor.batch import Batch
 from runner.supervisor.environment import PLACE, environs_of_ranks
+from runner.supervisor.notices import Notices
 from runner.supervisor.ranks import Exit, end_of
 from runner.supervisor.result import Record
+from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome
 from runner.supervisor.world import Machine, place, processes, worlds
 from tests.machines import Bench
@@ -287,8 +291,11 @@ def left(run: Path) -> list[int]:
 
 
 def test_two_ranks_do_one_run(pair: Bench, undisturbed: str) -> None:
+    pair.job["launch"] = {"gpus_per_node": 3}
     code, output = pair.train()
     assert code == 0, output
+    said = "3 processes cannot cut a global batch of 8 evenly; 2 are used (usable: 1, 2, 4, 8)"
+    assert output.count(said) == 1
     assert pair.weights() == undisturbed
     plan = json.loads((pair.run / "plan.json").read_text())
     assert (plan["strategy"], plan["geometry"]["world"]) == ("ddp", 2)
@@ -302,43 +309,70 @@ def test_two_ranks_do_one_run(pair: Bench, undisturbed: str) -> None:
     assert left(pair.run) == []
 
 
-def test_a_rank_that_is_killed_ends_the_others_at_once(pair: Bench, undisturbed: str) -> None:
-    code, output = pair.train(at("step:4", "kill"))
+def test_a_rank_that_dies_ends_the_others_at_once_and_is_named(pair: Bench, undisturbed: str) -> None:
+    code, output = pair.train(at("step:4", "kill"), at("step:6", "exit", attempt=2))
     assert code == 0, output
     assert pair.weights() == undisturbed
     assert "attempt 1 ended in step 4 with rank 1: SIGKILL" in output
-    assert "trainer-1.log" in output
-    (restart,) = pair.result()["restarts"]
-    assert restart["reason"].startswith("rank 1: SIGKILL")
-    assert restart["step"] == 2
+    assert "attempt 2 ended in step 6 with rank 1: exit code 3: RuntimeError: no luck; log: " in output
+    assert "2/trainer-1.log" in output
+    assert [restart["step"] for restart in pair.result()["restarts"]] == [2, 4]
+    assert pair.result()["restarts"][0]["reason"].startswith("rank 1: SIGKILL")
     assert "resume: exact" in output
     assert pair.result()["fidelity"] == "exact"
 
 
-def test_the_last_line_is_that_of_the_rank_that_crashed(pair: Bench) -> None:
-    code, output = pair.train(at("step:4", "exit"))
-    assert code == 0, output
-    assert "attempt 1 ended in step 4 with rank 1: exit code 3: RuntimeError: no luck; log: " in output
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_one_rank_lacks_makes_all_batches_smaller(
-    pair: Bench, undisturbed: str, rank: int
-) -> None:
-    code, output = pair.train({**at("step:4", "full", rank), "above": 2})
+def test_memory_that_one_rank_lacks_makes_all_batches_smaller(pair: Bench, undisturbed: str) -> None:
+    code, output = pair.train({**at("step:4", "full"), "above": 2})
     assert code == 0, output
     assert pair.weights() == undisturbed
     (restart,) = pair.result()["restarts"]
     assert restart["per_device"] == {"from": 4, "to": 2}
-    assert restart["reason"] == f"out of memory in step 4: rank {rank}: it does not fit"
+    assert restart["reason"] == "out of memory in step 4: rank 1: it does not fit"
     assert "resume: close, per_device 4 -> 2: order of rows and global batch are kept" in output
 
 
-def test_bad_data_of_one_rank_ends_the_run_with_its_code(pair: Bench) -> None:
-    code, output = pair.train(at("step:3", "crash:65"))
-    assert code == 65, output
-    assert "row 3 of data is bad" in output
-    assert left(pair.run) == []
+KILLED = """
+import os, signal
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+signal.pause()
+"""
+
+
+@pytest.mark.parametrize(("phase", "answer"), [("train", True), ("load", False)])
+def test_a_kill_for_memory_may_be_of_any_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, answer: bool
+) -> None:
+    counted = iter([7, 8])
+    monkeypatch.setattr(cgroup, "kills", lambda: next(counted))
+    wanted = job()
+    plan = Plan(
+        purpose="train",
+        job=wanted,
+        run_dir=tmp_path,
+        attempt=1,
+        attempt_dir=tmp_path,
+        geometry=geometry(wanted, 2),
+        strategy="ddp",
+        fetched=Fetched(model="", train=[], eval=[]),
+        save_seconds=60,
+    )
+    with Notices() as notices:
+        ended = attempt.run(
+            plan,
+            trainer=[sys.executable, "-c", KILLED],
+            environ=dict(os.environ),
+            machine=CPU,
+            notices=notices,
+            seen=Seen(phase=phase, step=3),
+            on_event=lambda event: None,
+            on_notice=lambda reason: False,
+            on_tick=lambda: None,
+        )
+    assert ended.reason == "rank 1: SIGKILL by the kernel: its control group is out of memory"
+    assert ended.log == tmp_path / "trainer-1.log"
+    assert ended.out_of_memory is answer
 
 
 def test_done_is_the_word_of_every_rank(pair: Bench, undisturbed: str) -> None:
@@ -401,16 +435,6 @@ def test_more_gpus_than_there_are_is_78_before_anything_is_done(
     assert code == 78
     assert "2 GPUs are asked for, and 1 is visible" in output
     assert not pair.run.exists()
-
-
-def test_a_world_that_does_not_cut_the_batch_is_said_and_made_smaller(pair: Bench, undisturbed: str) -> None:
-    pair.job["launch"] = {"gpus_per_node": 3, "strategy": "fsdp2"}
-    code, output = pair.train()
-    assert code == 0, output
-    line = "3 processes cannot cut a global batch of 8 evenly; 2 are used (usable: 1, 2, 4, 8)"
-    assert line in output
-    plan = json.loads((pair.run / "plan.json").read_text())
-    assert (plan["strategy"], plan["geometry"]["world"]) == ("fsdp2", 2)
 
 
 # --- what a checkpoint says of the world ---
