@@ -1,4 +1,4 @@
-"""The supervisor: `train` and `evaluate` on this machine, with one trainer process.
+"""The supervisor: `train` and `evaluate` on this machine, with one attempt at a time.
 
     lock -> open the store -> the same job? -> take the run -> done already? -> fetch -> restore
     -> plan, spawn, ship what is published, watch -> verdict: once more | done | stop
@@ -34,9 +34,10 @@ from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
 from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
+from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
-from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.world import Machine, place
 
 __all__ = ["evaluate", "train"]
 
@@ -52,7 +53,9 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         RunnerError: every other end, with its exit code.
     """
     job = resolved.job
-    geometry(job)  # a size that cuts no global batch is told before anything is done
+    machine = Machine.here(os.environ)
+    placement = place(job, machine.gpus)
+    geometry(job, placement.world)  # a size that cuts no global batch is told before anything is done
     grace = grace_seconds(os.environ)
     folder = RunFolder((runs_dir / job.name).absolute())
     with (
@@ -62,7 +65,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         EventLog(folder.events) as log,
     ):
         journal = Journal(log, screen, notices.wake)
-        attempts = Attempts(job, folder, notices, screen, journal, grace, trainer)
+        attempts = Attempts(job, folder, notices, screen, journal, grace, trainer, machine, placement)
         custody = Custody(
             job,
             folder,
@@ -203,6 +206,7 @@ class _Run:
             metrics=result.merged_metrics(record, metrics),
             restarts=record.restarts,
             error=error,
+            fidelity=record.fidelity,
             adapter=None if last is None else last.adapter,
             checkpoint=None if newest is None else newest.id,
             versions=identity.versions(),

@@ -88,9 +88,31 @@ def checkpoint_id(plan: Plan, step: int) -> str:
     return f"{step:08d}-{plan.epoch:06d}-{plan.attempt:04d}"
 
 
-def batch_record(job: Job, cut: Geometry) -> dict[str, Any]:
-    """What a checkpoint keeps of the cut: the size, and what the job asked for when it came about."""
-    return {"per_device": cut.per_device, "asked": job.training.per_device_train_batch_size}
+def batch_record(job: Job, cut: Geometry, strategy: Strategy = "single") -> dict[str, Any]:
+    """What a checkpoint keeps of the cut: the size, what the job asked for when it came about, and who shared
+    the global batch. Records of earlier versions end after the first two."""
+    return {
+        "per_device": cut.per_device,
+        "asked": job.training.per_device_train_batch_size,
+        "world": cut.world,
+        "strategy": strategy,
+    }
+
+
+def changes(record: Any, cut: Geometry, strategy: Strategy) -> list[str]:
+    """What a resume cuts in another way than the checkpoint that it goes on from: `["world 4 -> 2"]`.
+
+    Nothing: on the same hardware it is bit-identical to a run that was not interrupted. Anything: the order
+    of rows and the global batch are the same, but sums round differently, and dropout draws otherwise.
+
+    Args:
+        record: the checkpoint's `batch_record`; one without a world is of a version that knew one process.
+    """
+    if not isinstance(record, dict):
+        return ["the checkpoint does not say how its batch was cut"]
+    was = {"world": 1, "strategy": "single", "per_device": cut.per_device, **record}
+    now = {"world": cut.world, "strategy": strategy, "per_device": cut.per_device}
+    return [f"{name} {was[name]} -> {value}" for name, value in now.items() if was[name] != value]
 
 
 def recorded_size(job: Job, record: Any) -> int | None:
@@ -147,6 +169,7 @@ def geometry(job: Job, world: int = 1, at_most: int | None = None) -> Geometry:
              8           4      4        -        refused: 4 x 4 does not divide 8
 
     Args:
+        world: training processes.
         at_most: a per-device size that is known to fit, or one below a size that is known not to.
 
     Raises:

@@ -1,6 +1,6 @@
 """How a fake trainer (tests/fake_rank.py) breaks down: at a place, in one attempt or in all.
 
-{"at": "step:4", "attempt": 1, "above": 2, "how": "kill"}
+{"at": "step:4", "attempt": 1, "rank": 1, "above": 2, "how": "kill"}
 
 at    load, probe (trying the plan's size), step:N (in the middle of it), saving:N (half written),
       saved:N (published, not told), told:N (before anything else), waiting:N (while the supervisor makes
@@ -9,6 +9,7 @@ how   kill, exit, orphan (kill the supervisor), noise (on the events pipe), rot 
       published checkpoint), crash:CODE (an outcome), full (an outcome: out of memory), eat (memory,
       without end), swell:MIB (hold that much memory until killed), stall (do nothing more until killed),
       linger (the same, and say so by a file `waiting`), wait (the same, until asked to stop)
+rank  in which of several; 0 if absent
 above only where the plan's per-device size is above this
 """
 
@@ -44,6 +45,7 @@ class Faults:
         self,
         faults: list[dict[str, Any]],
         plan: dict[str, Any],
+        rank: int,
         write: Callable[[bytes], object],
         end: Callable[..., None],
     ) -> None:
@@ -55,7 +57,9 @@ class Faults:
         self._faults = [
             fault
             for fault in faults
-            if fault.get("attempt", attempt) == attempt and size > fault.get("above", 0)
+            if fault.get("attempt", attempt) == attempt
+            and fault.get("rank", 0) == rank
+            and size > fault.get("above", 0)
         ]
 
     def at(self, place: str) -> None:

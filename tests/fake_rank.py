@@ -2,6 +2,8 @@
 
     fake_rank.py '{"steps": 6, "save": 2, "faults": [{"at": "step:4", "attempt": 1, "how": "kill"}]}' PLAN
 
+Several are ranks: only the first writes checkpoints and events, and none goes on while another is missing.
+
 Its "training" is a chain of hashes, so that what it ends with says whether any step was lost or done twice.
 The script:
 
@@ -37,14 +39,43 @@ ROWS = 2
 """Rows of a step."""
 
 
+class Peers:
+    """The ranks of an attempt, which meet through files: who waits for one that is dead waits for ever.
+
+    All of them make the same calls in the same order, as with collectives.
+    """
+
+    def __init__(self, attempt: Path, rank: int, world: int) -> None:
+        self._folder, self._rank, self._world = attempt / "peers", rank, world
+        self._calls = 0
+        if world > 1:
+            self._folder.mkdir(exist_ok=True)
+
+    def agree(self, word: str) -> str:
+        """What the first of them says, when all are here."""
+        self._calls += 1
+        if self._world == 1:
+            return word
+        said = [self._folder / f"{self._calls}-{rank}" for rank in range(self._world)]
+        temporary = said[self._rank].with_suffix(".tmp")
+        temporary.write_text(word)
+        temporary.replace(said[self._rank])
+        while not all(file.exists() for file in said):
+            time.sleep(0.002)
+        return said[0].read_text()
+
+
 class Rank:
     def __init__(self, script: dict[str, Any], plan: dict[str, Any]) -> None:
         self.script, self.plan = script, plan
         self.folder, self.run = Path(plan["attempt_dir"]), Path(plan["run_dir"])
         self.steps: int = script["steps"]
         self.requests = Reader(self.folder)
-        self.events = os.fdopen(int(os.environ["RUNNER_EVENTS_FD"]), "wb", buffering=0)
-        self.faults = Faults(script.get("faults", []), plan, self.events.write, self.end)
+        self.rank = int(os.environ.get("RANK", 0))
+        self.peers = Peers(self.folder, self.rank, int(os.environ.get("WORLD_SIZE", 1)))
+        fd = os.open(os.devnull, os.O_WRONLY) if self.rank else int(os.environ["RUNNER_EVENTS_FD"])
+        self.events = os.fdopen(fd, "wb", buffering=0)
+        self.faults = Faults(script.get("faults", []), plan, self.rank, self.events.write, self.end)
         self.value, self.done, self.parent = "", 0, None
         if plan["restore"]:
             self.restore(Path(plan["restore"]))
@@ -54,9 +85,10 @@ class Rank:
 
     def end(self, outcome: str, code: int, **fields: Any) -> None:
         document = {"format": 1, "outcome": outcome, "exit_code": code, "error": None, **fields}
-        temporary = self.folder / "outcome.json.tmp"
+        name = f"outcome-{self.rank}.json" if self.rank else "outcome.json"
+        temporary = self.folder / f"{name}.tmp"
         temporary.write_text(json.dumps(document))
-        temporary.replace(self.folder / "outcome.json")
+        temporary.replace(self.folder / name)
         self.faults.at("outcome")
         sys.exit(code)
 
@@ -79,6 +111,8 @@ class Rank:
         self.send("phase", phase="evaluate_after")
         self.faults.at("evaluate")
         self.send("progress", phase="evaluate_after", done=4, total=4)
+        if self.rank:
+            self.end("done", 0, step=self.steps)
         adapter = self.run / "adapter"
         adapter.mkdir(exist_ok=True)
         (adapter / "adapter_config.json").write_text("{}")
@@ -92,14 +126,17 @@ class Rank:
         self.send("begin", step=number, ids=rows)
         self.faults.at(f"step:{number}")
         time.sleep(self.script.get("step_seconds", 0))
+        self.peers.agree("gradients")
         self.value = hashlib.sha256(f"{self.value}{number}{rows}".encode()).hexdigest()
         self.done = number
         numbers = {"loss": 1 / number, "tokens": 100, "images": ROWS, "seconds": 0.5, "memory_bytes": 1 << 30}
         self.send("step", step=number, steps=self.steps, ids=rows, **numbers)
-        asked = self.requests.now().action
+        asked = self.peers.agree(self.requests.now().action)
         if asked == "go" and number % self.script["save"] and number < self.steps:
             return
-        self.save()
+        if self.rank == 0:
+            self.save()
+        self.peers.agree("saved")
         if number < self.steps:
             if asked == "stop":
                 self.stop()
@@ -110,11 +147,11 @@ class Rank:
 
     def wait_if_asked(self) -> None:
         """Everything that was done is saved: do nothing while that is asked for."""
-        if self.requests.now().action != "wait":
+        if self.peers.agree(self.requests.now().action) != "wait":
             return
         self.send("phase", phase="wait")
         self.faults.at(f"waiting:{self.done}")
-        while (asked := self.requests.now().action) == "wait":
+        while (asked := self.peers.agree(self.requests.now().action)) == "wait":
             time.sleep(0.01)
         if asked == "stop":
             self.stop()
@@ -136,7 +173,9 @@ class Rank:
             shutil.rmtree(saving, ignore_errors=True)
             self.end("failed", error.exit_code, error=str(error))
         asked = self.plan["job"]["training"]["per_device_train_batch_size"]
-        record = {"per_device": self.plan["geometry"]["per_device"], "asked": asked}
+        cut = self.plan["geometry"]
+        record = {"per_device": cut["per_device"], "asked": asked}
+        record |= {"world": cut["world"], "strategy": self.plan["strategy"]}
         seal(saving, id=name, step=self.done, parent=self.parent, extra={"batch": record})
         path = publish(saving, self.run / "outbox", name)
         self.parent = name

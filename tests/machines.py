@@ -135,6 +135,8 @@ class Bench:
         trainer = [sys.executable, str(RANK), json.dumps({**SCRIPT, "faults": faults, **script})]
 
         def act() -> int:
+            # A fake rank needs no GPU, and `launch.gpus_per_node: auto` would start one for each.
+            os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
             before()
             try:
                 resolved = resolve(str(job), list(overrides), {})

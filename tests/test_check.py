@@ -122,16 +122,7 @@ def test_misspelt_keys(path: str, right: tuple[str, ...]) -> None:
     assert findings[0].suggestion == right
 
 
-@pytest.mark.parametrize(
-    ("path", "value"),
-    [
-        ("resources", {"gpu": 1}),
-        ("kubernetes", {}),
-        ("launch.strategy", "zero3"),
-        ("launch.nodes", 2),
-        ("launch.gpus_per_node", 8),
-    ],
-)
+@pytest.mark.parametrize(("path", "value"), [("resources", {"gpu": 1}), ("kubernetes", {})])
 def test_reserved_for_a_later_version(path: str, value: Any) -> None:
     finding = only(with_value(path, value))
     assert "reserved for a later version" in finding.reason and "remove it" in finding.remedy

@@ -23,8 +23,8 @@ from runner.supervisor import custody as custody_module
 from runner.supervisor.custody import Custody
 from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
+from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen
-from runner.supervisor.ranks import Notices
 from runner.supervisor.result import Result, read
 from runner.supervisor.run_folder import RunFolder
 from tests.small_job import SMALL

@@ -26,9 +26,11 @@ from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
 from runner.supervisor import attempt, cgroup, ranks
 from runner.supervisor.attempt import Ended
-from runner.supervisor.ranks import Exit, Notices
+from runner.supervisor.notices import Notices
+from runner.supervisor.ranks import Exit
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Outcome, memory_levers, smaller_batch
+from runner.supervisor.world import Machine
 from tests.machines import RANK, SCRIPT, Bench, at
 from tests.small_job import SMALL
 
@@ -310,6 +312,7 @@ def test_the_peak_is_kept_and_in_no_batch_it_ends_nothing(
             planned(tmp_path, {}),
             trainer=[sys.executable, "-c", "import signal; signal.pause()"],
             environ=dict(os.environ),
+            machine=Machine(gpus=0, cores=2),
             notices=notices,
             seen=seen,
             on_event=lambda event: None,

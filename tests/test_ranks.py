@@ -20,7 +20,8 @@ from runner.events import Event
 from runner.manifest import Job
 from runner.supervisor import fetching, ranks
 from runner.supervisor.fetch import Request
-from runner.supervisor.ranks import SHIM, Exit, Notices, watch
+from runner.supervisor.notices import Notices
+from runner.supervisor.ranks import SHIM, Child, Exit, watch
 from tests.small_job import SMALL
 
 SLEEP = "import signal; signal.pause()"
@@ -66,9 +67,7 @@ class Watch:
             return tick()
 
         return watch(
-            self._command,
-            environ={**os.environ, **environ},
-            log=self.log,
+            [Child(self._command, {**os.environ, **environ}, self.log)],
             notices=self._notices,
             on_event=self.events.append,
             on_notice=on_notice,

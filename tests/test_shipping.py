@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from runner.supervisor import attempt
+from runner.supervisor.environment import environ_of_trainer
+from runner.supervisor.world import Machine
 from tests.machines import World, at, hasty
 from tests.s3_server import ENVIRONMENT
 
@@ -343,7 +344,7 @@ def test_trainer_gets_no_credentials() -> None:
         "PATH": "/bin",
         "WANDB_KEY": "w",
     }
-    left = attempt.environ_of_trainer(given)
+    left = environ_of_trainer(given, 1, "single", Machine(0, 2))
     assert not any(name.startswith(("AWS_", "HF_TOKEN")) for name in left)
     assert (left["PATH"], left["WANDB_KEY"]) == ("/bin", "w")
 

@@ -43,7 +43,7 @@ def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, lis
     )
     hidden = [secret.path for secret in secrets]
     rest = [
-        _reserved(finding, tree)
+        finding
         for finding in itertools.islice(found, MAX_FINDINGS)
         if not any(finding.path[: len(path)] == path for path in hidden)
     ]
@@ -159,22 +159,6 @@ def _places() -> dict[str, list[Path]]:
     for method in METHODS:
         walk(of_method(schema, method), ())
     return places
-
-
-def _reserved(finding: Finding, tree: dict[str, Any]) -> Finding:
-    """The finding, or what to say when a later version accepts the value."""
-    place = ".".join(part for part in finding.path if isinstance(part, str))
-    value: Any = tree
-    for part in finding.path:
-        if not (isinstance(value, dict) and part in value):
-            return finding
-        value = value[part]
-    more = place in foreign.RESERVED_COUNTS and isinstance(value, int) and value > 1
-    if more or (isinstance(value, str) and value in foreign.RESERVED_VALUES.get(place, ())):
-        return Finding(
-            finding.path, f"{value} is reserved for a later version", f"remove it; {finding.remedy}"
-        )
-    return finding
 
 
 def _roles(tree: dict[str, Any]) -> Iterator[Finding]:

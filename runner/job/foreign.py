@@ -183,14 +183,6 @@ RESERVED: frozenset[str] = frozenset(
 )
 """Keys that a later version reads."""
 
-RESERVED_VALUES: dict[str, tuple[object, ...]] = {
-    "launch.strategy": ("ddp", "zero1", "zero2", "zero3", "fsdp2"),
-}
-"""Values that a later version accepts."""
-
-RESERVED_COUNTS: frozenset[str] = frozenset({"launch.nodes", "launch.gpus_per_node"})
-"""Keys for which a later version accepts more than one."""
-
 PROCESSOR: dict[str, Answer] = {
     "backend": Answer("model.image_backend"),
     "use_fast": Answer("model.image_backend", "torchvision is the fast one"),

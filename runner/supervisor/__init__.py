@@ -5,9 +5,12 @@ identity       what makes a run this run; a job that differs is refused
 custody        the run in its store: opened, taken, restored, shipped, given back
 fetch, hub     a child process gets models and datasets; fetching is the parent's side of it
 attempts       one trainer after another, each from the newest checkpoint
-attempt        one trainer: its folder, its environment, how it ended in words
+attempt        one trainer: its folder, its ranks, how it ended in words
 seen, remains  what it said while it ran, and what it left
-ranks, shim    a child process: started so that it cannot outlive us, watched until it is gone
+world          how many processes this machine gives a job, and how they share the model
+environment    what they find in their environment
+notices        what asks a run to stop
+ranks, shim    child processes: started so that they cannot outlive us, watched until they are gone
 watchdog       when a trainer hangs; cgroup: how near it is to the memory limit
 pace, direct   how often it saves, and what it is asked for: go, wait, stop
 batch          the per-device size of a run's attempts

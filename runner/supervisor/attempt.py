@@ -1,6 +1,9 @@
-"""One attempt: the trainer's folder and environment, what it said, and how it ended in words.
+"""One attempt: the trainer's folder, its processes, what they said, and how it ended in words.
 
-    runs/<name>/attempts/<n>/    plan.json, trainer.log, request.json (ours), outcome.json (its last act)
+    runs/<name>/attempts/<n>/
+      plan.json, request.json        ours, for every rank
+      trainer.log, outcome.json      of rank 0; the outcome is its last act
+      trainer-<k>.log, outcome-<k>.json    of rank k
 
 What is committed and what follows is `runner.launch`'s.
 """
@@ -18,10 +21,13 @@ from runner.errors import OutOfMemory
 from runner.events import Event
 from runner.plan import Plan
 from runner.supervisor import cgroup, remains
-from runner.supervisor.ranks import Exit, Notices, watch
+from runner.supervisor.environment import environs_of_ranks
+from runner.supervisor.notices import Notices
+from runner.supervisor.ranks import Child, Exit, watch
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Crash, Outcome
 from runner.supervisor.watchdog import Watchdog
+from runner.supervisor.world import Machine
 
 TRAINER = (sys.executable, "-m", "runner.train")
 """The command that takes the path of a plan; tests give their own."""
@@ -30,19 +36,16 @@ NEAR = 0.95
 """Share of the memory limit at which a trainer is ended: the kernel may kill its supervisor as well."""
 
 
-SECRET = ("AWS_", "GOOGLE_", "AZURE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-"""Beginnings of variables that a trainer does not get."""
-
-
 @dataclass(frozen=True)
 class Ended:
-    """A trainer that is gone."""
+    """A trainer that is gone, with all its ranks."""
 
     exit: Exit
     outcome: Outcome | None
     """None: it crashed."""
     seen: Seen
     log: Path
+    """Of the rank that the end of the others follows from."""
     killed_for_memory: bool = False
     """By the kernel's own count (`runner.supervisor.cgroup`)."""
     ended_for_memory: bool = False
@@ -68,11 +71,11 @@ class Ended:
     def reason(self) -> str:
         """Why it did not finish, in one line."""
         if self.outcome is not None:
-            return self.outcome.error or str(self.exit)
+            return self.exit.of_rank(self.outcome.error) if self.outcome.error else str(self.exit)
         if self.exit.ended is not None:
             return self.exit.ended
         if self.killed_for_memory:
-            return "SIGKILL by the kernel: its control group is out of memory"
+            return self.exit.of_rank("SIGKILL by the kernel: its control group is out of memory")
         line = remains.last_error(self.log)
         # The log of a process that was killed ends with something else.
         return f"{self.exit}: {line}" if line and self.exit.returncode > 0 else str(self.exit)
@@ -119,27 +122,50 @@ def last_number(attempts: Path) -> int:
     return max((int(path.name) for path in attempts.iterdir() if path.name.isdecimal()), default=0)
 
 
-def environ_of_trainer(environ: Mapping[str, str]) -> dict[str, str]:
-    """The supervisor's environment, with what a single quiet trainer needs on top, and without credentials of
-    stores: a trainer talks to none, and runs code of many packages (`SECRET`).
+def log_of(folder: Path, rank: int) -> Path:
+    """The log of a rank in its attempt's folder."""
+    return folder / (f"trainer-{rank}.log" if rank else "trainer.log")
 
-    CUDA_VISIBLE_DEVICES   0                 of a supervisor that has none
-                           its first         of one that has a list: TRL refuses DataParallel over several
-                           the same          of one that hides all (empty, -1)
 
-    OMP_WAIT_POLICY        PASSIVE           unless it is set: on a machine with other work, threads that spin
-                                             at OpenMP's barriers made a training step twenty times slower
+def outcome_of(folder: Path, rank: int) -> Path:
+    """What a rank leaves there at every end but a crash."""
+    return folder / (f"outcome-{rank}.json" if rank else "outcome.json")
+
+
+def judged(exit: Exit, left: Sequence[Outcome | None]) -> tuple[Exit, Outcome | None]:
+    """The outcome of an attempt, and the exit that names the rank whose outcome it is.
+
+        ended first    it left         others left      outcome of the attempt
+        none badly     -               -                what rank 0 left
+        a bad one      a cause         -                that
+        a bad one      another, or no  a cause          that: the first failed of it
+        a bad one      another, or no  no cause         what the first left; none is a crash
+        killed by us   -               -                what rank 0 left
+        the last three, and it is done, but not every rank left an outcome: none, one was killed at work
+
+    A cause is an out of memory, or a failure with an exit code of its own (65, 78, ...). What is a failure
+    with 1 here, a lost connection, say, may have its cause in another rank.
+
+    Args:
+        exit: the rank that ended badly first, or none.
+        left: the outcome of each rank.
     """
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    return {
-        **{name: value for name, value in environ.items() if not name.startswith(SECRET)},
-        "CUDA_VISIBLE_DEVICES": visible,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "DO_NOT_TRACK": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": environ.get("OMP_WAIT_POLICY", "PASSIVE"),
-    }
+    found = exit.rank or 0
+    if exit.rank is not None:
+        found = next((rank for rank in (found, *range(len(left))) if _is_cause(left[rank])), found)
+    own = left[found]
+    if own is None:
+        return exit, None
+    well = exit.rank is None and exit.ended is None
+    if own.outcome == "done" and not well and None in left:
+        return exit, None
+    return (exit if found == (exit.rank or 0) else Exit(own.exit_code, rank=found)), own
+
+
+def _is_cause(outcome: Outcome | None) -> bool:
+    if outcome is None:
+        return False
+    return outcome.outcome == OutOfMemory.outcome or (outcome.outcome == "failed" and outcome.exit_code != 1)
 
 
 def too_full(share: float, seen: Seen, plan: Plan) -> bool:
@@ -187,22 +213,25 @@ def run(
     *,
     trainer: Sequence[str],
     environ: Mapping[str, str],
+    machine: Machine,
     notices: Notices,
     seen: Seen,
     on_event: Callable[[Event], None],
     on_notice: Callable[[str], bool],
     on_tick: Callable[[], str | None],
 ) -> Ended:
-    """Start a trainer on a plan and stay until it is gone. One that hangs, or fills the memory, is ended.
+    """Start a trainer on a plan, with all its ranks, and stay until it is gone. One that hangs, or fills the
+    memory, is ended.
 
     Args:
+        environ: the supervisor's own.
         seen: kept up to date before each `on_event`.
         on_notice: asks the trainer to stop (`runner.request`), or returns True to end it.
         on_tick: a reason that it returns ends the trainer, too.
     """
     folder = plan.attempt_dir
-    file, log = folder / "plan.json", folder / "trainer.log"
-    guard = _Guard(plan, seen, log, Watchdog())
+    file, world = folder / "plan.json", plan.geometry.world
+    guard = _Guard(plan, seen, log_of(folder, 0), Watchdog())
     with disk("write the plan", file):
         write_text(file, plan.model_dump_json(indent=2) + "\n")
 
@@ -212,21 +241,24 @@ def run(
         on_event(event)
 
     kills = cgroup.kills()
+    environs = environs_of_ranks(environ, world, plan.strategy, machine)
     exit = watch(
-        [*trainer, str(file)],
-        environ=environ,
-        log=log,
+        [
+            Child([*trainer, str(file)], its_own, log_of(folder, rank))
+            for rank, its_own in enumerate(environs)
+        ],
         notices=notices,
         on_event=note,
         on_notice=on_notice,
         on_tick=lambda: on_tick() or guard.look(),
     )
     unasked = exit.returncode == -signal.SIGKILL and exit.ended is None
+    exit, outcome = judged(exit, [remains.outcome(outcome_of(folder, rank)) for rank in range(world)])
     return Ended(
         exit,
-        remains.outcome(folder / "outcome.json"),
+        outcome,
         seen,
-        log,
+        log_of(folder, exit.rank or 0),
         killed_for_memory=unasked and kills is not None and (cgroup.kills() or 0) > kills,
         ended_for_memory=exit.ended is not None and exit.ended == guard.for_memory,
     )

@@ -17,19 +17,20 @@ from runner.durable import disk, write_text
 from runner.errors import Preempted
 from runner.events import Event
 from runner.manifest import Job
-from runner.plan import Fetched, Geometry, Plan, batch_record, recut
+from runner.plan import Fetched, Geometry, Plan, batch_record, changes, recut
 from runner.supervisor import attempt
 from runner.supervisor.attempt import NEAR, Ended
 from runner.supervisor.batch import Batch
 from runner.supervisor.custody import Custody
 from runner.supervisor.direct import Director
 from runner.supervisor.journal import Journal
+from runner.supervisor.notices import Notices
 from runner.supervisor.pace import Pace
 from runner.supervisor.progress import Screen
-from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import History, Outcome, Restart, final_error
+from runner.supervisor.world import Machine, Placement
 
 
 class Attempts:
@@ -38,6 +39,7 @@ class Attempts:
     Args:
         grace: seconds from a notice until the machine is gone; None: unknown.
         trainer: the command that runs a plan.
+        placement: the processes of each attempt.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class Attempts:
         journal: Journal,
         grace: float | None,
         trainer: Sequence[str],
+        machine: Machine,
+        placement: Placement,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -56,7 +60,9 @@ class Attempts:
         self._screen = screen
         self._journal = journal
         self._trainer = trainer
-        self._batch = Batch(job)
+        self._machine = machine
+        self._placement = placement
+        self._batch = Batch(job, placement.world)
         self._pace = Pace(job.checkpoints.max_loss_seconds)
         self._director = Director(self._pace, grace, journal)
         self._cut: Geometry | None = None
@@ -76,7 +82,7 @@ class Attempts:
         if self._cut is None:
             return {}
         size = self.seen.per_device or self._cut.per_device
-        return batch_record(self._job, recut(self._cut, size))
+        return batch_record(self._job, recut(self._cut, size), self._placement.strategy)
 
     def run(self, sources: Fetched, custody: Custody) -> None:
         """Start trainers until one finishes.
@@ -84,6 +90,8 @@ class Attempts:
         Raises:
             RunnerError: one decided to stop, or was asked to, or they do not get on.
         """
+        for line in self._placement.lines:
+            self._journal.line(line)
         history = History()
         restart = self._after_predecessor(custody)
         while True:
@@ -147,7 +155,8 @@ class Attempts:
         ended = attempt.run(
             plan,
             trainer=self._trainer,
-            environ=attempt.environ_of_trainer(os.environ),
+            environ=os.environ,
+            machine=self._machine,
             notices=self._notices,
             seen=self.seen,
             on_event=on_event,
@@ -169,6 +178,7 @@ class Attempts:
             attempt=number,
             attempt_dir=folder,
             geometry=self._cut,
+            strategy=self._placement.strategy,
             probe=probe,
             fetched=sources,
             restore=None if restore is None else restore.folder,
@@ -189,6 +199,11 @@ class Attempts:
                 smaller = ", with {to} rows per device instead of {from}".format(**restart.sizes)
             self._journal.line(f"attempt {plan.attempt} goes on from {origin}{smaller}")
         self._journal.say({"event": "attempt", "restore": id, "step": step})
+        if restore is not None:
+            found = changes(restore.extra.get("batch"), plan.geometry, plan.strategy)
+            self._journal.say(
+                {"event": "fidelity", "fidelity": "close" if found else "exact", "changes": found}
+            )
 
     def _after_predecessor(self, custody: Custody) -> Restart | None:
         """Why the last attempt of an earlier command did not finish; None if there was none.

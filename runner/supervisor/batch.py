@@ -19,6 +19,8 @@ class Batch:
     """What one supervisor knows of the size; a later one has the checkpoint's record."""
 
     job: Job
+    world: int
+    """Processes that share the global batch."""
     fits: int | None = None
     """The size to train with: found, or one below a size that training ran out of memory with."""
     at_most: int | None = None
@@ -33,14 +35,16 @@ class Batch:
             none          none                   2         2, no probe
             none          none                   auto      the largest up to `at_most`, probe
 
+        A known size that does not cut the batch in this world is the next smaller one that does.
+
         Args:
             record: `runner.plan.batch_record` of the checkpoint that it goes on from, if any.
         """
         known = self.fits or recorded_size(self.job, record)
         if known is not None:
-            return geometry(self.job, at_most=known), False
+            return geometry(self.job, self.world, known), False
         asked = self.job.training.per_device_train_batch_size
-        return geometry(self.job, at_most=self.at_most), asked == "auto"
+        return geometry(self.job, self.world, self.at_most), asked == "auto"
 
     def note(self, seen: Seen) -> None:
         """Keep what a trainer found, so that the next attempt need not look again."""
@@ -70,7 +74,7 @@ class Batch:
 
         Where there is none, or another size is another loss, the same: the memory may be enough this time.
         """
-        less = None if self.job.training.sorts else smaller(recut(geometry(self.job), size))
+        less = None if self.job.training.sorts else smaller(recut(geometry(self.job, self.world), size))
         if less is None:
             return Restart(how)
         self.fits = less.per_device

@@ -37,7 +37,7 @@ from runner.manifest import Job
 from runner.supervisor import identity
 from runner.supervisor.identity import Identity, Place
 from runner.supervisor.journal import Journal
-from runner.supervisor.ranks import Notices
+from runner.supervisor.notices import Notices
 from runner.supervisor.run_folder import RunFolder
 
 LOOK = 0.2

@@ -31,11 +31,12 @@ from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity
 from runner.supervisor.attempt import TRAINER
 from runner.supervisor.fetching import fetched
+from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, metric_lines
-from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import final_error
+from runner.supervisor.world import Machine
 
 BASE = "base"
 OWN = "adapter"
@@ -106,7 +107,8 @@ def evaluate(
         ended = attempt.run(
             plan,
             trainer=trainer,
-            environ=attempt.environ_of_trainer(os.environ),
+            environ=os.environ,
+            machine=Machine.here(os.environ),
             notices=notices,
             seen=Seen(),
             on_event=show,

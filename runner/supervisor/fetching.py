@@ -11,7 +11,8 @@ from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.events import Event
 from runner.supervisor.fetch import Answer, Request, read_answer
-from runner.supervisor.ranks import Notices, watch
+from runner.supervisor.notices import Notices
+from runner.supervisor.ranks import Child, watch
 from runner.supervisor.remains import last_error
 
 FETCHER = (sys.executable, "-m", "runner.supervisor.fetch")
@@ -44,9 +45,7 @@ def fetched(
         log.unlink(missing_ok=True)
     say({"event": "phase", "phase": "fetch"})
     exit = watch(
-        [*FETCHER, str(asked), str(answer)],
-        environ=os.environ,
-        log=log,
+        [Child([*FETCHER, str(asked), str(answer)], os.environ, log)],
         notices=notices,
         on_event=say,
         on_notice=lambda reason: True,

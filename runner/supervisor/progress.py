@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -91,6 +91,8 @@ class Screen:
                     if isinstance(cut, dict)
                     else ""
                 )
+                if isinstance(cut, dict) and cut.get("world", 1) != 1:
+                    shape += f" on each of {cut['world']} processes"
                 self.line(f"{rows} rows, {steps} steps{shape}")
             case "audit":
                 for line in event.get("lines", []):
@@ -102,6 +104,8 @@ class Screen:
             case "evaluation":
                 for line in metric_lines(event.get("metrics") or {}):
                     self.line(f"{event.get('when')}: {line}")
+            case "fidelity":
+                self.line(fidelity_line(list(event["changes"])))
             case "commit":
                 self.line(f"checkpoint {event['id']} is committed, step {event['step']}")
             case "removed":
@@ -223,6 +227,14 @@ def change_lines(before: Mapping[str, Any] | None, after: Mapping[str, Any] | No
         f"{_estimate((after or {}).get(name))} {_count((after or before or {}).get(name))}".rstrip()
         for name in names
     ]
+
+
+def fidelity_line(changes: Sequence[str]) -> str:
+    """How an attempt goes on from its checkpoint (`runner.plan.changes`)."""
+    if not changes:
+        return "resume: exact, with the same world, strategy and micro-batch"
+    how = ", ".join(changes)
+    return f"resume: close, {how}: order of rows and global batch are kept, sums round differently"
 
 
 def duration(seconds: float) -> str:

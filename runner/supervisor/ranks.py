@@ -1,14 +1,14 @@
-"""One child process of the supervisor: started so that it cannot outlive it, watched until it is gone.
+"""The child processes of the supervisor: started so that they cannot outlive it, watched until they are gone.
 
-    supervisor                                   child (`runner.train`, or `runner.supervisor.fetch`)
-      RUNNER_EVENTS_FD     <- JSON lines -         what it does
+    supervisor                                   children (`runner.train`, or `runner.supervisor.fetch`)
+      RUNNER_EVENTS_FD     <- JSON lines -         what the first does; the others have no such pipe
       RUNNER_LIFELINE_FD   - held open ->          its end means: kill yourself
       PDEATHSIG (Linux)    - by the kernel ->      the same, without its help
 
-The child has its own session: signals from a terminal do not reach it, and its whole group can be ended.
-PDEATHSIG follows the thread that started the child, so `watch` belongs to the main thread, which lives as
-long as its process; other threads may run beside it, and wake it with `Notices.wake`. Requests to stop are
-collected by `Notices`; what they mean is the caller's business.
+Several are the ranks of one attempt: none can go on without the others, so that the bad end of one ends them
+all (`end_of`). Each has its own session: signals from a terminal do not reach it, and its whole process group
+can be ended. PDEATHSIG follows the thread that started a child, so `watch` belongs to the main thread, which
+lives as long as its process; other threads may run beside it, and wake it with `Notices.wake`.
 """
 
 from __future__ import annotations
@@ -20,127 +20,58 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 from runner.durable import disk
-from runner.errors import RunnerError
+from runner.errors import Preempted, RunnerError
 from runner.events import Event, LineReader
+from runner.supervisor.notices import Notices
 
 TICK = 0.5
-"""Seconds between two looks at the child when nothing happens; also how often a bar is drawn again."""
+"""Seconds between two looks at the children when nothing happens; also how often a bar is drawn again."""
 
 SHIM = Path(__file__).with_name("shim.py")
+
+WELL = (0, Preempted.exit_code)
+"""Exit codes of a rank that ended in agreement with the others, which are waited for."""
 
 _PIECE = 1 << 16
 
 
-class Notices:
-    """What asks a run to stop: SIGINT, SIGTERM, SIGHUP, and a file that somebody makes. Collected, never
-    acted upon here.
+@dataclass(frozen=True)
+class Child:
+    """A process to start."""
 
-    A second one hurries, if it comes `apart` seconds after the first: GNU `timeout` and some shells send
-    one notice twice at once, to the process and to its group. A signal that was ignored stays ignored,
-    as under nohup.
-
-    The stop file is for whoever can reach the run's folder and not its process. Taking it removes it, so that
-    the next command goes on. One that is there from the start counts too: asked for once too often costs
-    that command, which says why it stopped; asked for in vain would cost the machine.
-
-    Args:
-        stop_file: where to look for it; None: nowhere.
-    """
-
-    def __init__(
-        self,
-        apart: float = 0.5,
-        clock: Callable[[], float] = time.monotonic,
-        stop_file: Path | None = None,
-    ) -> None:
-        self._apart = apart
-        self._clock = clock
-        self._at = 0.0
-        self._old: dict[int, Any] = {}
-        self._stop_file = stop_file
-        self._write: int | None = None
-        self._guard = threading.Lock()
-        """Of `_write`: a number that was closed may be somebody else's by now."""
-        self.first: str | None = None
-        """What asked to stop: the name of a signal, or `stop file <path>`."""
-        self.hurry = False
-
-    def __enter__(self) -> Self:
-        self.wakeup, self._write = os.pipe()
-        os.set_blocking(self.wakeup, False)
-        os.set_blocking(self._write, False)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._old[number] = signal.signal(number, self._on_signal)
-        # A handler, so that a dead child wakes the loop through the wake-up pipe.
-        self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        self._old_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self.poll()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        signal.set_wakeup_fd(self._old_wakeup)
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        with self._guard:
-            write, self._write = self._write, None
-        os.close(self.wakeup)
-        if write is not None:
-            os.close(write)
-
-    def wake(self) -> None:
-        """Make `watch` look again at once. From any thread; outside the context it does nothing."""
-        with self._guard, contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
-            if self._write is not None:
-                os.write(self._write, b"\0")
-
-    def poll(self) -> None:
-        """Look for the stop file, and take it. `watch` does so at every tick."""
-        path = self._stop_file
-        if path is None:
-            return
-        try:
-            path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        except OSError:  # a folder, or not ours to remove: it stays, so it counts once
-            if not os.path.lexists(path):
-                return
-            self._stop_file = None
-        self._note(f"stop file {path}")
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self._note(signal.Signals(number).name)
-
-    def _note(self, what: str) -> None:
-        now = self._clock()
-        if self.first is None:
-            self.first, self._at = what, now
-        elif now - self._at >= self._apart:
-            self.hurry = True
+    command: Sequence[str]
+    environ: Mapping[str, str]
+    """All of it, but for the two descriptors."""
+    log: Path
+    """Takes its stdout and stderr."""
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a child ended."""
+    """How a child ended; of several, the one that the end of the others follows from."""
 
     returncode: int
     """Exit code, or minus the signal's number."""
     ended: str | None = None
-    """Why the supervisor killed it; None: it did not, or came too late."""
+    """Why the supervisor killed it, and all others; None: it did not, or came too late."""
+    rank: int | None = None
+    """Which of several ended badly; None: there is one, or none did by itself."""
 
     def __str__(self) -> str:
+        return self.of_rank(self._words())
+
+    def of_rank(self, words: str) -> str:
+        """What is said of the process, with its rank if there are several: `rank 3: SIGSEGV`."""
+        return words if self.rank is None else f"rank {self.rank}: {words}"
+
+    def _words(self) -> str:
         if self.returncode >= 0:
             return f"exit code {self.returncode}"
         try:
@@ -152,92 +83,165 @@ class Exit:
         return f"{name}, often the kernel's answer to a lack of memory" if name == "SIGKILL" else name
 
 
+def end_of(codes: Sequence[int | None], killed: str | None) -> Exit | None:
+    """How children have ended, by their return codes; None: they go on.
+
+        codes                              killed    answer
+        None, all others 0 or 75           -         None: it is waited for
+        all 0 or 75                        -         the code of the first
+        others, with SIGKILL and more      no        the first that a signal ended, but for SIGABRT
+        others, exit codes and SIGABRT     no        the first of these
+        others, all SIGKILL                yes       SIGKILL by the supervisor
+        others, with some more             yes       the first of these: it ended before the kill
+
+    Ranks whose peer was killed fail by themselves a moment later, with an exit code or by PyTorch's SIGABRT;
+    so of several that ended between two looks a signal is more likely to be the cause.
+
+    Args:
+        codes: of each rank, None while it runs.
+        killed: why the supervisor has killed them; None: it has not.
+    """
+    bad = [(rank, code) for rank, code in enumerate(codes) if code is not None and code not in WELL]
+    if killed is not None:
+        before = [(rank, code) for rank, code in bad if code != -signal.SIGKILL]
+        if bad and not before:
+            return Exit(-signal.SIGKILL, killed)
+        bad = before
+    if bad:
+        rank, code = min(bad, key=lambda one: one[1] >= 0 or one[1] == -signal.SIGABRT)
+        return Exit(code, rank=rank if len(codes) > 1 else None)
+    first = codes[0]
+    return None if first is None or None in codes else Exit(first)
+
+
 def watch(
-    command: Sequence[str],
+    children: Sequence[Child],
     *,
-    environ: Mapping[str, str],
-    log: Path,
     notices: Notices,
     on_event: Callable[[Event], None],
     on_notice: Callable[[str], bool],
     on_tick: Callable[[], str | None],
 ) -> Exit:
-    """Run a child to its end, from the main thread.
+    """Run children to their end, from the main thread. None is left when this returns or raises.
 
     Args:
-        environ: its whole environment, but for the two descriptors.
-        log: takes its stdout and stderr.
-        on_event: called for every event, in order, all of them before this returns.
-        on_notice: called once, at the first notice; asks the child to stop, or returns True to end it.
-        on_tick: called after every look at the child, every `TICK` seconds and more often; the first reason
-            that it returns ends the child at once.
+        children: by rank.
+        on_event: called for every event of the first, in order, all of them before this returns.
+        on_notice: called once, at the first notice; asks the children to stop, or returns True to end them.
+        on_tick: called after every look at the children, every `TICK` seconds and more often; the first
+            reason that it returns ends them at once.
 
     Raises:
-        RunnerError: the command cannot be started.
-    Whatever a callback raises ends the child and passes on.
+        RunnerError: a command cannot be started.
+    Whatever a callback raises ends the children and passes on.
     """
-    events, events_child = os.pipe()
-    lifeline_child, lifeline = os.pipe()
-    os.set_blocking(events, False)
-    try:
-        with disk("write the log", log), log.open("ab") as output:
-            child = _spawn(command, environ, events_child, lifeline_child, output.fileno())
-    finally:
-        os.close(events_child)
-        os.close(lifeline_child)
     reader = LineReader()
     asked = False
     why: str | None = None
-    try:
-        with selectors.DefaultSelector() as selector:
-            selector.register(events, selectors.EVENT_READ)
-            selector.register(notices.wakeup, selectors.EVENT_READ)
-            while not _ended(child):
-                notices.poll()
-                if notices.first is not None and not asked:
-                    asked = True
-                    if on_notice(notices.first):
-                        why = why or notices.first
-                if notices.hurry:
-                    why = why or "a second notice"
-                if why is not None:
-                    _kill_group(child)
-                for key, _ in selector.select(TICK):
-                    if key.fd == notices.wakeup:
-                        _read(notices.wakeup)
-                    elif _pump(events, reader, on_event) == b"":
-                        selector.unregister(events)
-                reason = on_tick()
-                why = why or reason
-        # Its own children (data loader workers) would linger; they hold the pipe open, so its end is no sign.
-        _kill_group(child)
-        while _pump(events, reader, on_event):
+    with _Group() as group, selectors.DefaultSelector() as selector:
+        group.start(children)
+        selector.register(group.events, selectors.EVENT_READ)
+        selector.register(notices.wakeup, selectors.EVENT_READ)
+        killed: str | None = None
+        while (end := end_of(group.look(), killed)) is None:
+            notices.poll()
+            if notices.first is not None and not asked:
+                asked = True
+                if on_notice(notices.first):
+                    why = why or notices.first
+            if notices.hurry:
+                why = why or "a second notice"
+            if why is not None:
+                killed = why
+                group.kill()
+            for key, _ in selector.select(TICK):
+                if key.fd == notices.wakeup:
+                    _read(notices.wakeup)
+                elif _pump(group.events, reader, on_event) == b"":
+                    selector.unregister(group.events)
+            reason = on_tick()
+            why = why or reason
+        group.kill()
+        while _pump(group.events, reader, on_event):
             pass
         for event in reader.close():
             on_event(event)
-        returncode = child.wait()
-        return Exit(returncode, why if returncode == -signal.SIGKILL else None)
-    finally:
-        if child.returncode is None:
-            _kill_group(child)
+        return end
+
+
+class _Group:
+    """Children that run, with the pipes that tie them to us. Whoever is left at the end is killed."""
+
+    def __init__(self) -> None:
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Self:
+        self.events, self._events_child = os.pipe()
+        self._lifeline_child, self._lifeline = os.pipe()
+        os.set_blocking(self.events, False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        for child in self._children:
             child.wait()
-        os.close(events)
-        os.close(lifeline)
+        os.close(self.events)
+        os.close(self._lifeline)
+
+    def start(self, children: Sequence[Child]) -> None:
+        """Start them; the first gets the events' pipe."""
+        try:
+            for child in children:
+                events = None if self._children else self._events_child
+                with disk("write the log", child.log), child.log.open("ab") as output:
+                    started = _spawn(child, events, self._lifeline_child, output.fileno())
+                self._children.append(started)
+        finally:
+            os.close(self._events_child)
+            os.close(self._lifeline_child)
+
+    def look(self) -> list[int | None]:
+        """The return code of each, None of those that run."""
+        if sys.platform != "darwin" and os.getpid() == 1:
+            self._reap_orphans()
+        for child in self._children:
+            if child.returncode is None and _ended(child):
+                # Its own children (data loader workers) would linger; they hold the pipe open, so its end is
+                # no sign.
+                _kill_group(child)
+                child.wait()
+        return [child.returncode for child in self._children]
+
+    def kill(self) -> None:
+        """Kill all that run, each with its own children."""
+        for child in self._children:
+            if child.returncode is None:
+                _kill_group(child)
+
+    def _reap_orphans(self) -> None:
+        """As process 1 of a container one inherits everybody's orphans, and nobody else reaps them."""
+        ours = {child.pid for child in self._children}
+        while True:
+            dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if dead is None or dead.si_pid in ours:
+                return
+            os.waitpid(dead.si_pid, os.WNOHANG)
 
 
-def _spawn(
-    command: Sequence[str], environ: Mapping[str, str], events: int, lifeline: int, output: int
-) -> subprocess.Popen[bytes]:
-    fds = {"RUNNER_EVENTS_FD": str(events), "RUNNER_LIFELINE_FD": str(lifeline)}
-    why = f"start {command[0]}: {{}}; remedy: install the package again"
+def _spawn(child: Child, events: int | None, lifeline: int, output: int) -> subprocess.Popen[bytes]:
+    fds = {"RUNNER_LIFELINE_FD": lifeline, **({} if events is None else {"RUNNER_EVENTS_FD": events})}
+    program = child.command[0]
+    why = f"start {program}: {{}}; remedy: install the package again"
     # Here, because what the shim cannot start is one line in the log.
-    if shutil.which(command[0], path=environ.get("PATH")) is None:
+    if shutil.which(program, path=child.environ.get("PATH")) is None:
         raise RunnerError(why.format("no such program"))
     try:
         return subprocess.Popen(
-            [*_shim(), *command],
-            env={**environ, **fds},
-            pass_fds=(events, lifeline),
+            [*_shim(), *child.command],
+            env={**child.environ, **{name: str(fd) for name, fd in fds.items()}},
+            pass_fds=tuple(fds.values()),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -258,18 +262,7 @@ def _ended(child: subprocess.Popen[bytes]) -> bool:
     """Whether the child has ended, without reaping it: its group keeps its number until then."""
     if sys.platform == "darwin":  # no os.waitid before Python 3.13
         return child.poll() is not None
-    if os.getpid() == 1:
-        _reap_orphans(child.pid)
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-
-def _reap_orphans(child: int) -> None:
-    """As process 1 of a container one inherits everybody's orphans, and nobody else reaps them."""
-    while True:
-        dead = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if dead is None or dead.si_pid == child:
-            return
-        os.waitpid(dead.si_pid, os.WNOHANG)
 
 
 def _kill_group(child: subprocess.Popen[bytes]) -> None:

@@ -8,6 +8,8 @@
     restarts      the newest 50: [{"attempt", "reason", "step", "per_device"}], step = restored from,
                   per_device = {"from", "to"} after an out of memory, else null
     error         the message, null when done
+    fidelity      "exact": no resume changed how the batch is cut; "close": one did, and sums were rounded
+                  differently from there on (the events say what it was); null: never resumed
     adapter       folder of what was trained, null before it is there
     checkpoint    id of the newest committed checkpoint
     versions      of the packages of the last attempt
@@ -46,6 +48,7 @@ class Result(BaseModel):
     metrics: dict[str, dict[str, Any] | None]
     restarts: list[dict[str, Any]]
     error: str | None
+    fidelity: str | None = None
     adapter: str | None
     checkpoint: str | None
     versions: dict[str, str]
@@ -63,6 +66,8 @@ class Record(BaseModel):
     restarts: list[dict[str, Any]] = []
     """The newest `RESTARTS_KEPT`."""
     metrics: dict[str, Any] = {"before": None, "after": None}
+    fidelity: str | None = None
+    """Of the least faithful resume."""
     last: dict[str, Any] | None = None
     """The newest event of an attempt or of the end of a supervisor."""
     size: int = 0
@@ -84,6 +89,8 @@ class Record(BaseModel):
                 self.restarts = [*self.restarts, restart][-RESTARTS_KEPT:]
             case "evaluation" if event.get("when") in self.metrics:
                 self.metrics = {**self.metrics, event["when"]: event.get("metrics")}
+            case "fidelity" if self.fidelity != "close":
+                self.fidelity = event.get("fidelity")
             case "attempt" | "end":
                 self.last = {key: event.get(key) for key in ("event", "outcome", "error")}
 
