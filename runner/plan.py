@@ -88,7 +88,7 @@ def checkpoint_id(plan: Plan, step: int) -> str:
     return f"{step:08d}-{plan.epoch:06d}-{plan.attempt:04d}"
 
 
-def batch_record(job: Job, cut: Geometry, strategy: Strategy = "single") -> dict[str, Any]:
+def batch_record(job: Job, cut: Geometry, strategy: Strategy) -> dict[str, Any]:
     """What a checkpoint keeps of the cut: the size, what the job asked for when it came about, and who shared
     the global batch. Records of earlier versions end after the first two."""
     return {

@@ -162,13 +162,13 @@ def run_ranks(
         port = server.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     shared |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-    reader, writer = _FORKS.Pipe(duplex=False)
+    reader, writer = FORKS.Pipe(duplex=False)
     processes = []
     for rank in range(world):
         mine = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if world > 1 else {}
         log = plan.attempt_dir / ("trainer.log" if rank == 0 else f"trainer-{rank}.log")
         given = (file, log, {**os.environ, **mine}, writer if rank == 0 else None)
-        processes.append(_FORKS.Process(target=_trainer, args=given))
+        processes.append(FORKS.Process(target=_trainer, args=given))
         processes[-1].start()
     writer.close()
     threading.Thread(target=_end_together, args=(processes,), daemon=True).start()

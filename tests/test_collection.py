@@ -424,7 +424,9 @@ def test_ten_thousand_checkpoints_leave_what_head_names(tmp_path: Path, serial: 
     assert found.data.startswith(f"state {world.step:08d}".encode())
 
 
-def test_three_hundred_in_a_bucket_leave_what_head_names(tmp_path: Path, serial: None, server: Server) -> None:
+def test_three_hundred_in_a_bucket_leave_what_head_names(
+    tmp_path: Path, serial: None, server: Server
+) -> None:
     """The requests of a commit and of a restore are then as many as after the first."""
     store = server.store("short", counted=False)
     short = World(store, tmp_path / "saved", seed=2)

@@ -68,7 +68,7 @@ def fitting(trainer: RunTrainer, collate: Collate, rows: Rows, cut: Geometry, ch
         OutOfMemory: a single row does not fit.
     """
     channel.send("phase", phase="probe")
-    most = cut.per_device if device().type == "cuda" else min(cut.per_device, MOST_ON_CPU)
+    most = largest(cut).per_device
     with rng.preserved(), _undone(trainer):
         channel.send("probe", per_device=1)
         with memory_named(OutOfMemory, "the longest row alone does not fit"):
@@ -80,6 +80,12 @@ def fitting(trainer: RunTrainer, collate: Collate, rows: Rows, cut: Geometry, ch
             if size <= most and _fits(trainer, collate, worst.batches(size), tried, channel):
                 return tried
     raise OutOfMemory("a single row does not fit beside its gradients and the optimizer's state")
+
+
+def largest(cut: Geometry) -> Geometry:
+    """The cut with the largest size that is worth a try."""
+    most = cut.per_device if device().type == "cuda" else min(cut.per_device, MOST_ON_CPU)
+    return recut(cut, next(size for size in sizes(cut.global_batch_size, cut.world) if size <= most))
 
 
 def _fits(

@@ -233,7 +233,11 @@ def _sized(plan: Plan, channel: Channel, trainer: RunTrainer, prepared: Prepared
     rows = prepared.train_rows
     if not plan.probe or rows is None:
         return plan
-    cut = probe.fitting(trainer, trainer.data_collator, rows, plan.geometry, channel)
+    if plan.strategy == "single":
+        cut = probe.fitting(trainer, trainer.data_collator, rows, plan.geometry, channel)
+    else:
+        # One rank that is out of memory leaves the others in a collective; training finds it, by a restart.
+        cut = probe.largest(plan.geometry)
     trainer.recut(cut)
     return plan.model_copy(update={"geometry": cut})
 

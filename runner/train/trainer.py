@@ -254,7 +254,7 @@ class RunTrainer(Trainer):
         with disk("save a checkpoint", saving):
             self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
         name = checkpoint_id(self._plan, done)
-        extra = {"batch": batch_record(self._plan.job, self._plan.geometry)}
+        extra = {"batch": batch_record(self._plan.job, self._plan.geometry, self._plan.strategy)}
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
         path = publish(saving, self._plan.run_dir / "outbox", name)
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
