@@ -166,7 +166,10 @@ def geometry(job: Job, world: int = 1, at_most: int | None = None) -> Geometry:
              8        auto      1        -              1, with 8 per device
              8        auto      2        3              2, with 2 per device
              8           3      1        -        refused: 3 x 1 does not divide 8
-             8           4      4        -        refused: 4 x 4 does not divide 8
+             8           4      4        -              1, with 2 per device
+             8           4      3        -        refused: 3 processes do not divide 8
+
+    A size is a wish, which more processes make smaller; where it is part of the loss it is refused instead.
 
     Args:
         world: training processes.
@@ -179,6 +182,8 @@ def geometry(job: Job, world: int = 1, at_most: int | None = None) -> Geometry:
     usable = sizes(total, world)
     asked = job.training.per_device_train_batch_size
     per_device = asked if isinstance(asked, int) else (usable or [1])[0]
+    if world > 1 and usable and not job.training.sorts:
+        per_device = next(size for size in usable if size <= per_device)
     if total % (per_device * world):
         raise JobError(
             [

@@ -36,8 +36,9 @@ from tests.small_job import SMALL
 CPU = Machine(gpus=0, cores=8)
 
 
-def job(total: int = 32, size: int | str = "auto", **launch: Any) -> Job:
+def job(total: int = 32, size: int | str = "auto", *, sorts: bool = False, **launch: Any) -> Job:
     training = {"global_batch_size": total, "per_device_train_batch_size": size}
+    training |= {"loss_type": "aot"} if sorts else {}
     return Job.model_validate({**SMALL, "training": training, "launch": launch})
 
 
@@ -80,10 +81,17 @@ def test_more_processes_than_gpus_are_refused_with_both_numbers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("total", "size", "usable"), [(12, "auto", [1, 2, 3, 4, 6, 12]), (12, 2, [1, 2, 3, 6]), (12, 5, [])]
+    ("size", "sorts", "usable"),
+    [
+        ("auto", False, [1, 2, 3, 4, 6, 12]),
+        (2, False, [1, 2, 3, 4, 6, 12]),
+        (5, False, [1, 2, 3, 4, 6, 12]),
+        (2, True, [1, 2, 3, 6]),
+        (5, True, []),
+    ],
 )
-def test_usable_worlds(total: int, size: int | str, usable: list[int]) -> None:
-    assert worlds(job(total, size)) == usable
+def test_usable_worlds(size: int | str, sorts: bool, usable: list[int]) -> None:
+    assert worlds(job(12, size, sorts=sorts)) == usable
 
 
 @pytest.mark.parametrize(
@@ -100,8 +108,9 @@ def test_usable_worlds(total: int, size: int | str, usable: list[int]) -> None:
             "ddp",
             "3 processes cannot cut a global batch of 32 evenly; 2 are used (usable: 1, 2, 4, 8, ...)",
         ),
+        ({}, 4, 32, 16, 4, "ddp", None),
         (
-            {},
+            {"sorts": True},
             4,
             32,
             16,
@@ -122,7 +131,7 @@ def test_usable_worlds(total: int, size: int | str, usable: list[int]) -> None:
         ({"strategy": "zero2"}, 4, 32, "auto", 4, "zero2", None),
         ({"strategy": "zero2"}, 1, 32, "auto", 1, "single", "strategy zero2 with one process is single"),
         ({"strategy": "fsdp2", "gpus_per_node": 2}, 0, 32, "auto", 2, "fsdp2", None),
-        ({}, 4, 12, 5, 1, "single", None),
+        ({"sorts": True}, 4, 12, 5, 1, "single", None),
     ],
 )
 def test_placement_table(

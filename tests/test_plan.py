@@ -7,6 +7,7 @@ import pytest
 from runner.errors import JobError
 from runner.manifest import Job
 from runner.plan import (
+    Geometry,
     batch_record,
     geometry,
     recorded_size,
@@ -86,8 +87,12 @@ def test_a_record_is_read_as_it_is_written() -> None:
     assert recorded_size(wanted, batch_record(wanted, geometry(wanted, at_most=4))) == 4
 
 
+def test_more_processes_make_a_size_smaller() -> None:
+    assert geometry(job(8, 4), 4) == Geometry(global_batch_size=8, per_device=2, accumulation=1, world=4)
+
+
 @pytest.mark.parametrize(
-    ("total", "per_device", "world", "usable"), [(8, 3, 1, "[1, 2, 4, 8]"), (8, 4, 4, "[1, 2]")]
+    ("total", "per_device", "world", "usable"), [(8, 3, 1, "[1, 2, 4, 8]"), (8, 4, 3, "at most 8 processes")]
 )
 def test_a_size_that_does_not_divide_is_refused_with_those_that_do(
     total: int, per_device: int, world: int, usable: str

@@ -87,7 +87,8 @@ def place(job: Job, gpus: int) -> Placement:
         auto        0       32        auto          1        -
         auto        4       32        auto          4        -
         auto        3       32        auto          2        3 cannot cut 32; the usable ones
-        auto        4       32        16            2        4 of 16 rows cannot cut 32; the usable ones
+        auto        4       32        16            4        -
+        auto        4       32        16, aot       2        4 of 16 rows cannot cut 32; the usable ones
         single      4       32        auto          1        -
         zero2       1       32        auto          1        zero2 with one process is single
 
@@ -106,7 +107,7 @@ def place(job: Job, gpus: int) -> Placement:
     lines = []
     if world < most and usable:
         size = job.training.per_device_train_batch_size
-        rows = f" of {size} rows" if isinstance(size, int) else ""
+        rows = f" of {size} rows" if isinstance(size, int) and job.training.sorts else ""
         shown = [str(count) for count in usable[:_SHOWN]] + ["..."] * (len(usable) > _SHOWN)
         lines.append(
             f"{most} processes{rows} cannot cut a global batch of {job.training.global_batch_size} evenly; "
@@ -151,12 +152,15 @@ def worlds(job: Job) -> list[int]:
     """The numbers of processes that cut the job's global batch evenly, smallest first.
 
     global    per device    answer
-    12        auto          1, 2, 3, 4, 6, 12
-    12        2             1, 2, 3, 6
-    12        5             none
+    12        auto, 2, 5    1, 2, 3, 4, 6, 12
+    12        2, aot        1, 2, 3, 6
+    12        5, aot        none
+
+    A size is a wish, but under a loss that it is part of.
     """
     size = job.training.per_device_train_batch_size
-    return sizes(job.training.global_batch_size, size if isinstance(size, int) else 1)[::-1]
+    fixed = size if isinstance(size, int) and job.training.sorts else 1
+    return sizes(job.training.global_batch_size, fixed)[::-1]
 
 
 def strategy_of(job: Job, world: int) -> Strategy:
