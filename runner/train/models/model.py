@@ -117,7 +117,7 @@ def load_base(job: Job, folder: str) -> PreTrainedModel:
             folder,
             dtype=DTYPES[job.model.dtype],
             attn_implementation=job.model.attn_implementation,
-            quantization_config=_quantization(job, where),
+            quantization_config=quantization(job, where),
             device_map={"": device()},
         )
     except (OSError, ValueError, ImportError) as error:
@@ -145,7 +145,7 @@ def _with_scales(module: Linear8bitLt, _inputs: object) -> None:
         module.weight.SCB = module.state.SCB
 
 
-def _quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
+def quantization(job: Job, where: Parts) -> BitsAndBytesConfig | None:
     """bitsandbytes' configuration; what is frozen, and the head that TRL multiplies raw, stays as it is."""
     if job.quantization is None:
         return None

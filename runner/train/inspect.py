@@ -1,0 +1,143 @@
+"""`python -m runner.train.inspect QUESTION ANSWER`: what a plan asks of torch, without a GPU and without weights.
+
+    model        configuration -> meta device, quantized, adapted: counts                 .models.on_meta
+    processor    built with the job's arguments
+    columns      every source opened: path, split, columns
+    rows         read, decoded and counted by the code that trains, all or a sample       .data.measure
+    answers      what carries loss, as the audit before step 1
+
+A check that fails does not keep the others from being made, unless they need what it did not find. What is
+not foreseen is a traceback in the log, and no answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from transformers import ProcessorMixin
+from transformers.utils import logging as transformers_logging
+
+from runner.durable import write_text
+from runner.errors import RunnerError
+from runner.facts import QUICK, Answer, DataFacts, Finding, ModelFacts, Question
+from runner.manifest import Source
+from runner.train import preparation
+from runner.train.data.audit import audit
+from runner.train.data.measure import measure
+from runner.train.data.rows import Rows
+from runner.train.data.sources import open_source
+from runner.train.models import model as models
+from runner.train.models import on_meta
+
+
+class _Inspection:
+    """The checks of one job, in their order."""
+
+    def __init__(self, question: Question) -> None:
+        self.job, self.fetched = question.job, question.fetched
+        self.at_most = QUICK if question.sample is None else question.sample
+        self.findings: list[Finding] = []
+        self.notes: list[str] = []
+
+    def answer(self) -> Answer:
+        model, weight_bytes = self._model()
+        processor = None
+        with self._check("processor"):
+            processor = models.load_processor(self.job, self.fetched.model)
+        train = self._columns("train", self.job.datasets.train, self.fetched.train)
+        held_out = self._columns("eval", self.job.datasets.eval, self.fetched.eval)
+        data = self._train(processor, train)
+        self._eval(processor, held_out)
+        most = None if self.job.evaluation is None else self.job.evaluation.max_samples
+        return Answer(
+            model=model,
+            weight_bytes=weight_bytes,
+            data=data,
+            eval_rows=None if held_out is None else min(held_out, most or held_out),
+            findings=self.findings,
+            notes=self.notes,
+        )
+
+    @contextlib.contextmanager
+    def _check(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except RunnerError as error:
+            found = Finding(check=name, status="failed", exit_code=error.exit_code, message=str(error))
+            self.findings.append(found)
+        else:
+            self.findings.append(Finding(check=name, status="ok"))
+
+    def _skip(self, name: str, why: str) -> None:
+        self.findings.append(Finding(check=name, status="not checked", message=why))
+
+    def _model(self) -> tuple[ModelFacts | None, int]:
+        start = self.fetched.init_from
+        with self._check("model"):
+            return on_meta.inspect(self.job, self.fetched.model, None if start is None else Path(start))
+        return None, 0
+
+    def _columns(self, name: str, sources: list[Source], locations: list[str]) -> int | None:
+        """Rows that the sources have for the job; None where one cannot be opened."""
+        rows: list[int | None] = []
+        for number, (source, location) in enumerate(zip(sources, locations, strict=True)):
+            key = f"datasets.{name}[{number}]"
+            rows.append(None)
+            with self._check(f"columns of {key}"):
+                length = len(open_source(source, location, key).table)
+                rows[-1] = min(length, source.max_samples or length)
+        known = [one for one in rows if one is not None]
+        return sum(known) if len(known) == len(rows) else None
+
+    def _train(self, processor: ProcessorMixin | None, total: int | None) -> DataFacts | None:
+        name = "rows of datasets.train"
+        if processor is None or total is None:
+            self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
+            return None
+        job = self.job
+        facts = rows = None
+        with self._check(name):
+            limit = preparation.token_limit(job, self.fetched.model)
+            rows = preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
+            self._note(rows)
+            collator = preparation.collator(job, processor, rows)
+            everything = len(rows.dataset) + len(rows.skipped) == total
+            vision = models.load_config(self.fetched.model).vision_config
+            facts = measure(rows, collator, vision, len(rows.dataset) if everything else total)
+        if rows is not None:
+            with self._check("answers of datasets.train"):
+                audit(rows, collator, processor)
+        return facts
+
+    def _eval(self, processor: ProcessorMixin | None, total: int | None) -> None:
+        name = "rows of datasets.eval"
+        if not self.job.datasets.eval:
+            return
+        if processor is None or total is None:
+            self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
+            return
+        with self._check(name):
+            limit = preparation.token_limit(self.job, self.fetched.model)
+            rows = preparation.eval_rows(self.job, self.fetched.eval, processor, limit, self.at_most)
+            assert rows is not None
+            self._note(rows)
+
+    def _note(self, rows: Rows) -> None:
+        self.notes += [f"{row} is skipped: {reason}" for row, reason in rows.skipped]
+        self.notes += rows.notes
+
+
+def main(arguments: list[str]) -> int:
+    """Read the question, write the answer. Returns 0."""
+    question, answer = map(Path, arguments)
+    transformers_logging.disable_progress_bar()
+    asked = Question.model_validate_json(question.read_text(encoding="utf-8"))
+    write_text(answer, _Inspection(asked).answer().model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
