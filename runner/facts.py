@@ -12,7 +12,7 @@ from runner.manifest import Job
 from runner.plan import Fetched
 
 QUICK = 1000
-"""Rows that a plan looks at where nobody says how many: some ten seconds on one core for images of a megapixel."""
+"""Rows that a plan looks at where nobody says how many: seconds on one core, for images of a megapixel."""
 
 
 class _Facts(BaseModel):
@@ -82,7 +82,7 @@ class DataFacts(_Facts):
     tokens: Percentiles
     """A row, image tokens and answers included; of pairs, the longer answer with the prompt."""
     image_tokens: Percentiles
-    """Those of them that its images take, with what a processor puts around images, tiles and rows of tiles."""
+    """Those of them that its images take, with what a processor puts around images and their tiles."""
     images: Percentiles
     pixel_values: int
     """Numbers in the pixel values of the row that has most; of a pair, its images once."""

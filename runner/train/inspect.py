@@ -1,4 +1,4 @@
-"""`python -m runner.train.inspect QUESTION ANSWER`: what a plan asks of torch, without a GPU and without weights.
+"""`python -m runner.train.inspect QUESTION ANSWER`: what a plan asks of torch, without GPU and weights.
 
     model        configuration -> meta device, quantized, adapted: counts                 .models.on_meta
     processor    built with the job's arguments
@@ -12,17 +12,18 @@ not foreseen is a traceback in the log, and no answer.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from runner.durable import write_text
 from runner.errors import RunnerError
-from runner.facts import QUICK, Answer, DataFacts, Finding, ModelFacts, Question
+from runner.facts import QUICK, Answer, DataFacts, Finding, Question
 from runner.manifest import Source
 from runner.train import preparation
 from runner.train.data.audit import audit
@@ -31,6 +32,8 @@ from runner.train.data.rows import Rows
 from runner.train.data.sources import open_source
 from runner.train.models import model as models
 from runner.train.models import on_meta
+
+T = TypeVar("T")
 
 
 class _Inspection:
@@ -43,10 +46,10 @@ class _Inspection:
         self.notes: list[str] = []
 
     def answer(self) -> Answer:
-        model, weight_bytes = self._model()
-        processor = None
-        with self._check("processor"):
-            processor = models.load_processor(self.job, self.fetched.model)
+        start = None if self.fetched.init_from is None else Path(self.fetched.init_from)
+        found = self._make("model", lambda: on_meta.inspect(self.job, self.fetched.model, start))
+        model, weight_bytes = (None, 0) if found is None else found
+        processor = self._make("processor", lambda: models.load_processor(self.job, self.fetched.model))
         train = self._columns("train", self.job.datasets.train, self.fetched.train)
         held_out = self._columns("eval", self.job.datasets.eval, self.fetched.eval)
         data = self._train(processor, train)
@@ -61,56 +64,52 @@ class _Inspection:
             notes=self.notes,
         )
 
-    @contextlib.contextmanager
-    def _check(self, name: str) -> Iterator[None]:
+    def _make(self, name: str, look: Callable[[], T]) -> T | None:
+        """What a check finds; None where it refuses, which is kept."""
         try:
-            yield
+            found = look()
         except RunnerError as error:
-            found = Finding(check=name, status="failed", exit_code=error.exit_code, message=str(error))
-            self.findings.append(found)
-        else:
-            self.findings.append(Finding(check=name, status="ok"))
+            code, message = error.exit_code, str(error)
+            self.findings.append(Finding(check=name, status="failed", exit_code=code, message=message))
+            return None
+        self.findings.append(Finding(check=name, status="ok"))
+        return found
 
     def _skip(self, name: str, why: str) -> None:
         self.findings.append(Finding(check=name, status="not checked", message=why))
 
-    def _model(self) -> tuple[ModelFacts | None, int]:
-        start = self.fetched.init_from
-        with self._check("model"):
-            return on_meta.inspect(self.job, self.fetched.model, None if start is None else Path(start))
-        return None, 0
-
     def _columns(self, name: str, sources: list[Source], locations: list[str]) -> int | None:
         """Rows that the sources have for the job; None where one cannot be opened."""
-        rows: list[int | None] = []
+        total: int | None = 0
         for number, (source, location) in enumerate(zip(sources, locations, strict=True)):
             key = f"datasets.{name}[{number}]"
-            rows.append(None)
-            with self._check(f"columns of {key}"):
-                length = len(open_source(source, location, key).table)
-                rows[-1] = min(length, source.max_samples or length)
-        known = [one for one in rows if one is not None]
-        return sum(known) if len(known) == len(rows) else None
+            opened = self._make(f"columns of {key}", functools.partial(open_source, source, location, key))
+            if opened is None or total is None:
+                total = None
+            else:
+                total += min(len(opened.table), source.max_samples or len(opened.table))
+        return total
 
     def _train(self, processor: ProcessorMixin | None, total: int | None) -> DataFacts | None:
         name = "rows of datasets.train"
         if processor is None or total is None:
             self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
             return None
-        job = self.job
-        facts = rows = None
-        with self._check(name):
-            limit = preparation.token_limit(job, self.fetched.model)
-            rows = preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
-            self._note(rows)
-            collator = preparation.collator(job, processor, rows)
-            everything = len(rows.dataset) + len(rows.skipped) == total
-            vision = models.load_config(self.fetched.model).vision_config
-            facts = measure(rows, collator, vision, len(rows.dataset) if everything else total)
-        if rows is not None:
-            with self._check("answers of datasets.train"):
-                audit(rows, collator, processor)
-        return facts
+        job, folder = self.job, self.fetched.model
+
+        def prepare() -> Rows:
+            limit = preparation.token_limit(job, folder)
+            return preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
+
+        rows = self._make(name, prepare)
+        if rows is None:
+            return None
+        self._note(rows)
+        collator = preparation.collator(job, processor, rows)
+        self._make("answers of datasets.train", lambda: audit(rows, collator, processor))
+        everything = len(rows.dataset) + len(rows.skipped) == total
+        vision = models.load_config(folder).vision_config
+        return measure(rows, collator, vision, len(rows.dataset) if everything else total)
 
     def _eval(self, processor: ProcessorMixin | None, total: int | None) -> None:
         name = "rows of datasets.eval"
@@ -119,10 +118,12 @@ class _Inspection:
         if processor is None or total is None:
             self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
             return
-        with self._check(name):
+
+        def prepare() -> Rows | None:
             limit = preparation.token_limit(self.job, self.fetched.model)
-            rows = preparation.eval_rows(self.job, self.fetched.eval, processor, limit, self.at_most)
-            assert rows is not None
+            return preparation.eval_rows(self.job, self.fetched.eval, processor, limit, self.at_most)
+
+        if (rows := self._make(name, prepare)) is not None:
             self._note(rows)
 
     def _note(self, rows: Rows) -> None:

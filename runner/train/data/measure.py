@@ -1,4 +1,4 @@
-"""What a plan wants to know of prepared rows: their tokens, their images, and what the largest asks of a tower."""
+"""What a plan wants to know of prepared rows: tokens, images, and what the largest asks of a tower."""
 
 from __future__ import annotations
 
@@ -26,9 +26,7 @@ def measure(rows: Rows, collator: Collator, vision: Any, total: int) -> DataFact
     tokens, images = rows.dataset["tokens"][:], rows.dataset["image_count"][:]
     shown = rows.dataset.select_columns([name for name in rows.dataset.column_names if name != "images"])
     added = []
-    for whole, text, count in zip(
-        tokens, TokenCounter(collator, []).text_tokens(shown), images, strict=True
-    ):
+    for whole, text, count in zip(tokens, TokenCounter(collator, []).text_tokens(shown), images, strict=True):
         assert isinstance(text, int)  # what cannot be rendered is not among prepared rows
         added.append(whole - text + count)  # each image was one placeholder of the text
     largest = collator([probe.worst(rows, collator).largest])
