@@ -4,10 +4,9 @@ import torch; read by `runner.memory` and `runner.planning`, which may not.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, ConfigDict
 
+from runner.findings import Finding
 from runner.manifest import Job
 from runner.plan import Fetched
 
@@ -97,18 +96,6 @@ class Question(_Facts):
     fetched: Fetched
     sample: int | None
     """Rows to look at, drawn by the job's seed; None: all, or `QUICK` of them where there are more."""
-
-
-class Finding(_Facts):
-    """One check of a plan."""
-
-    check: str
-    """What was looked at: `model`, `columns of datasets.train[0]`, `store`."""
-    status: Literal["ok", "failed", "not checked"]
-    exit_code: int = 0
-    """With which a run would end for it."""
-    message: str = ""
-    """Place, reason and remedy of what failed; why nothing was checked."""
 
 
 class Answer(_Facts):

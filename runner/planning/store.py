@@ -21,8 +21,8 @@ PATIENCE = 20.0
 def check_store(job: Job, run_folder: Path) -> None:
     """Try what the last step of a run will need.
 
-    bucket                the run's own place, which its rights may be bound to
-    folder                a folder beside it, on the same file system, that is removed again
+        bucket    in the run's own place, which its rights may be bound to
+        folder    in a folder beside it, on the same file system, that is removed again
 
     Args:
         run_folder: `runs/<name>`.
@@ -32,12 +32,13 @@ def check_store(job: Job, run_folder: Path) -> None:
         AccessDenied, StorageError: it cannot be used at all.
     """
     place = run_place(job.checkpoints.uri, job.name, run_folder)
-    with _tried(job, place) as store:
+    patience = Patience(min(job.checkpoints.patience_seconds, PATIENCE), BootClock(), lambda event: None)
+    with _tried(job, place, patience) as store:
         if job.checkpoints.allow_unfenced:
             name = f"probe/{uuid.uuid4().hex}"
             store.create(name, b"first")
             store.delete(name)
-        elif (wrong := probe(store)) is not None:
+        elif (wrong := patience.run(lambda: probe(store))) is not None:
             raise unfit(place, wrong)
 
 
@@ -74,9 +75,8 @@ def folder_of(place: str) -> Path | None:
 
 
 @contextlib.contextmanager
-def _tried(job: Job, place: str) -> Iterator[Store]:
+def _tried(job: Job, place: str, patience: Patience) -> Iterator[Store]:
     settings = job.checkpoints
-    patience = Patience(min(settings.patience_seconds, PATIENCE), BootClock(), lambda event: None)
     folder = folder_of(place)
     beside = None if folder is None else _there(folder) / f".runner-plan-{uuid.uuid4().hex}"
     store = open_store(

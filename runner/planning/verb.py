@@ -6,16 +6,15 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from runner.checkpoint.place import run_place
 from runner.command import complain, say
 from runner.durable import scratch
-from runner.errors import Preempted, RunnerError
-from runner.facts import Answer, DataFacts, Finding, ModelFacts, Question
+from runner.facts import Answer, DataFacts, ModelFacts, Question
+from runner.findings import Findings
 from runner.manifest import Job
 from runner.plan import Geometry, geometry
 from runner.planning import numbers, words
@@ -28,8 +27,6 @@ from runner.supervisor.fetching import fetched
 from runner.supervisor.progress import Screen
 from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
     """The document; docs/plan.md says what its keys mean."""
     job = resolved.job
     folder = RunFolder((asked.runs / job.name).absolute())
-    checks = _Checks()
+    checks = Findings()
     cut = checks.make("geometry", lambda: geometry(job, processes(job)))
     answer, found = _looked_at(job, folder, asked.sample, checks)
 
@@ -111,33 +108,8 @@ def processes(job: Job) -> int:
     return job.launch.nodes * (each if isinstance(each, int) else 1)
 
 
-class _Checks:
-    """All that were made, in order."""
-
-    def __init__(self) -> None:
-        self.made: list[Finding] = []
-
-    def make(self, name: str, look: Callable[[], T]) -> T | None:
-        """What `look` finds; None where it refuses, which is kept."""
-        try:
-            found = look()
-        except Preempted:
-            raise
-        except RunnerError as error:
-            code, message = error.exit_code, str(error)
-            self.made.append(Finding(check=name, status="failed", exit_code=code, message=message))
-            return None
-        self.made.append(Finding(check=name, status="ok"))
-        return found
-
-    @property
-    def exit_code(self) -> int:
-        """Of the first that failed; 0 if none did."""
-        return next((check.exit_code for check in self.made if check.status == "failed"), 0)
-
-
 def _looked_at(
-    job: Job, folder: RunFolder, sample: int | None, checks: _Checks
+    job: Job, folder: RunFolder, sample: int | None, checks: Findings
 ) -> tuple[Answer | None, fetch.Answer | None]:
     """Everything but the weights, fetched and looked at."""
     with Notices() as notices, contextlib.closing(Screen(sys.stderr)) as screen, scratch("plan") as work:

@@ -14,26 +14,30 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from transformers import ProcessorMixin
 from transformers.utils import logging as transformers_logging
 
 from runner.durable import write_text
-from runner.errors import RunnerError
-from runner.facts import QUICK, Answer, DataFacts, Finding, Question
+from runner.facts import QUICK, Answer, DataFacts, Question
+from runner.findings import Findings
 from runner.manifest import Source
 from runner.train import preparation
 from runner.train.data.audit import audit
+from runner.train.data.collator import Collator
 from runner.train.data.measure import measure
 from runner.train.data.rows import Rows
 from runner.train.data.sources import open_source
 from runner.train.models import model as models
 from runner.train.models import on_meta
 
-T = TypeVar("T")
+_NEEDS = "it needs the processor and every source"
+
+
+def inspect(question: Question) -> Answer:
+    """Everything, in this process."""
+    return _Inspection(question).answer()
 
 
 class _Inspection:
@@ -42,14 +46,14 @@ class _Inspection:
     def __init__(self, question: Question) -> None:
         self.job, self.fetched = question.job, question.fetched
         self.at_most = QUICK if question.sample is None else question.sample
-        self.findings: list[Finding] = []
+        self.checks = Findings()
         self.notes: list[str] = []
 
     def answer(self) -> Answer:
         start = None if self.fetched.init_from is None else Path(self.fetched.init_from)
-        found = self._make("model", lambda: on_meta.inspect(self.job, self.fetched.model, start))
+        found = self.checks.make("model", lambda: on_meta.inspect(self.job, self.fetched.model, start))
         model, weight_bytes = (None, 0) if found is None else found
-        processor = self._make("processor", lambda: models.load_processor(self.job, self.fetched.model))
+        processor = self.checks.make("processor", lambda: models.load_processor(self.job, self.fetched.model))
         train = self._columns("train", self.job.datasets.train, self.fetched.train)
         held_out = self._columns("eval", self.job.datasets.eval, self.fetched.eval)
         data = self._train(processor, train)
@@ -60,30 +64,17 @@ class _Inspection:
             weight_bytes=weight_bytes,
             data=data,
             eval_rows=None if held_out is None else min(held_out, most or held_out),
-            findings=self.findings,
+            findings=self.checks.made,
             notes=self.notes,
         )
-
-    def _make(self, name: str, look: Callable[[], T]) -> T | None:
-        """What a check finds; None where it refuses, which is kept."""
-        try:
-            found = look()
-        except RunnerError as error:
-            code, message = error.exit_code, str(error)
-            self.findings.append(Finding(check=name, status="failed", exit_code=code, message=message))
-            return None
-        self.findings.append(Finding(check=name, status="ok"))
-        return found
-
-    def _skip(self, name: str, why: str) -> None:
-        self.findings.append(Finding(check=name, status="not checked", message=why))
 
     def _columns(self, name: str, sources: list[Source], locations: list[str]) -> int | None:
         """Rows that the sources have for the job; None where one cannot be opened."""
         total: int | None = 0
         for number, (source, location) in enumerate(zip(sources, locations, strict=True)):
             key = f"datasets.{name}[{number}]"
-            opened = self._make(f"columns of {key}", functools.partial(open_source, source, location, key))
+            look = functools.partial(open_source, source, location, key)
+            opened = self.checks.make(f"columns of {key}", look)
             if opened is None or total is None:
                 total = None
             else:
@@ -93,37 +84,39 @@ class _Inspection:
     def _train(self, processor: ProcessorMixin | None, total: int | None) -> DataFacts | None:
         name = "rows of datasets.train"
         if processor is None or total is None:
-            self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
+            self.checks.skip(name, _NEEDS)
             return None
         job, folder = self.job, self.fetched.model
 
-        def prepare() -> Rows:
+        def prepare() -> tuple[Rows, Collator, DataFacts]:
             limit = preparation.token_limit(job, folder)
-            return preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
+            rows = preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
+            collator = preparation.collator(job, processor, rows)
+            everything = len(rows.dataset) + len(rows.skipped) == total
+            vision = models.load_config(folder).vision_config
+            return rows, collator, measure(rows, collator, vision, len(rows.dataset) if everything else total)
 
-        rows = self._make(name, prepare)
-        if rows is None:
+        prepared = self.checks.make(name, prepare)
+        if prepared is None:
             return None
+        rows, collator, facts = prepared
         self._note(rows)
-        collator = preparation.collator(job, processor, rows)
-        self._make("answers of datasets.train", lambda: audit(rows, collator, processor))
-        everything = len(rows.dataset) + len(rows.skipped) == total
-        vision = models.load_config(folder).vision_config
-        return measure(rows, collator, vision, len(rows.dataset) if everything else total)
+        self.checks.make("answers of datasets.train", lambda: audit(rows, collator, processor))
+        return facts
 
     def _eval(self, processor: ProcessorMixin | None, total: int | None) -> None:
         name = "rows of datasets.eval"
         if not self.job.datasets.eval:
             return
         if processor is None or total is None:
-            self._skip(name, "there is no processor" if processor is None else "a source cannot be opened")
+            self.checks.skip(name, _NEEDS)
             return
 
         def prepare() -> Rows | None:
             limit = preparation.token_limit(self.job, self.fetched.model)
             return preparation.eval_rows(self.job, self.fetched.eval, processor, limit, self.at_most)
 
-        if (rows := self._make(name, prepare)) is not None:
+        if (rows := self.checks.make(name, prepare)) is not None:
             self._note(rows)
 
     def _note(self, rows: Rows) -> None:
@@ -136,7 +129,7 @@ def main(arguments: list[str]) -> int:
     question, answer = map(Path, arguments)
     transformers_logging.disable_progress_bar()
     asked = Question.model_validate_json(question.read_text(encoding="utf-8"))
-    write_text(answer, _Inspection(asked).answer().model_dump_json())
+    write_text(answer, inspect(asked).model_dump_json())
     return 0
 
 
