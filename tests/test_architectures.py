@@ -40,8 +40,8 @@ TRIALS = [
     ],
     *[f"{name}:sft:" for name in ("qwen2_5_vl", "qwen3_vl", "gemma3")],
 ]
-SEPARATORS = {"gemma3", "idefics2", "idefics3", "internvl", "mistral3", "pixtral", "smolvlm"}
-"""Architectures whose processor puts tokens of its own around images and tiles."""
+SEPARATORS = {"gemma3", "idefics2", "idefics3", "internvl", "mistral3", "paligemma", "pixtral", "smolvlm"}
+"""Architectures whose processor adds tokens of its own where there is an image."""
 ENDS = {"</s>", "<|im_end|>", "<end_of_utterance>", "<end_of_turn>", "<eos>"}
 
 TORCHVISION = Path(sys.prefix) / "torchvision-cpu"
