@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,7 +31,8 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for check in document["checks"]:
         yield f"{check['status']:<{_LEFT}} {check['check']}"
-        yield from textwrap.indent(check["message"], " " * (_LEFT + 3)).splitlines()
+        for line in check["message"].splitlines():
+            yield " " * (_LEFT + 3) + printable(line)
 
 
 def size(count: int | float | None) -> str:
