@@ -8,14 +8,15 @@ none of those is a defect of ours, and its traceback goes to a file that the mes
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 from runner import __version__
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
@@ -121,6 +122,35 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _train_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON document (docs/plan.md)")
+    parser.add_argument("--gpu", metavar="TYPE", help="type of GPU that memory is counted for")
+    parser.add_argument(
+        "--sample", type=_above_zero(int), metavar="N", help="look at N rows, drawn by seed (default: 1000)"
+    )
+    parser.add_argument(
+        "--steps-per-second", type=_above_zero(float), metavar="N", help="optimizer steps, for the time"
+    )
+    parser.add_argument(
+        "--price-per-hour", type=_above_zero(float), metavar="PRICE", help="of all machines of the job"
+    )
+
+
+T = TypeVar("T", int, float)
+
+
+def _above_zero(kind: Callable[[str], T]) -> Callable[[str], T]:
+    def number(text: str) -> T:
+        value = kind(text)
+        if not 0 < value < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+        return value
+
+    number.__name__ = "number"  # argparse names it when `kind` refuses
+    return number
+
+
 def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     del parser  # takes nothing
 
@@ -157,6 +187,22 @@ def _validate(arguments: argparse.Namespace) -> int:
         f"  train on {', '.join(f'{one.path} [{one.split}]' for one in job.datasets.train)}"
     )
     return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from runner.settings import resolve
+
+    resolved = resolve(*_split(arguments.words), os.environ)
+    from runner.planning.verb import Asked, plan
+
+    asked = Asked(
+        runs=arguments.runs,
+        gpu=arguments.gpu,
+        sample=arguments.sample,
+        steps_per_second=arguments.steps_per_second,
+        price_per_hour=arguments.price_per_hour,
+    )
+    return plan(resolved, asked, arguments.json)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -211,6 +257,14 @@ VERBS: dict[str, Verb | Group] = {
         "  JOB__LORA__R=16 runner validate jobs/demo-sft.yaml --resolved\n",
         _validate_arguments,
         _validate,
+    ),
+    "plan": Verb(
+        "Say what a job will be and need, and check what a GPU would wait for; no GPU, no weights.",
+        "  runner plan jobs/demo-sft.yaml\n"
+        "  runner plan jobs/demo-sft.yaml --steps-per-second 2.5 --price-per-hour 1.20\n"
+        "  runner plan jobs/demo-sft.yaml --json --sample 200 training.global_batch_size=16\n",
+        _plan_arguments,
+        _plan,
     ),
     "train": Verb(
         "Train a job. The same command again resumes it.",

@@ -1,10 +1,17 @@
 """What a plan needs to know of a model and of the data, as data: found by `runner.train.inspect`, which may
-import torch; read by `runner.memory` and `runner.plan_report`, which may not.
+import torch; read by `runner.memory` and `runner.planning`, which may not.
 """
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
+
+from runner.findings import Finding
+from runner.manifest import Job
+from runner.plan import Fetched
+
+QUICK = 1000
+"""Rows that a plan looks at where nobody says how many: seconds on one core, for images of a megapixel."""
 
 
 class _Facts(BaseModel):
@@ -74,8 +81,33 @@ class DataFacts(_Facts):
     tokens: Percentiles
     """A row, image tokens and answers included; of pairs, the longer answer with the prompt."""
     image_tokens: Percentiles
+    """Those of them that its images take, with what a processor puts around images and their tiles."""
     images: Percentiles
     pixel_values: int
-    """Numbers in the pixel values of the row that has most."""
+    """Numbers in the pixel values of the row that has most; of a pair, its images once."""
     tower_tokens: int
     """Positions that the vision tower sees for that row, all its images and tiles."""
+
+
+class Question(_Facts):
+    """What is asked of `runner.train.inspect`."""
+
+    job: Job
+    fetched: Fetched
+    sample: int | None
+    """Rows to look at, drawn by the job's seed; None: all, or `QUICK` of them where there are more."""
+
+
+class Answer(_Facts):
+    """What `runner.train.inspect` found."""
+
+    model: ModelFacts | None
+    """None where a check failed that goes before it; so is `data`."""
+    weight_bytes: int
+    """Of the base model in memory: packed weights with their scales, and buffers. 0 without `model`."""
+    data: DataFacts | None
+    eval_rows: int | None
+    """Rows that are evaluated on, before bad ones are skipped; None where they cannot be opened."""
+    findings: list[Finding]
+    notes: list[str]
+    """What a trainer would say of the rows: skipped, changed, without images."""

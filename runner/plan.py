@@ -215,3 +215,13 @@ def total_steps(rows: int, global_batch_size: int, epochs: float, max_steps: int
     if max_steps > 0:
         return max_steps
     return math.ceil(epochs * steps_per_epoch(rows, global_batch_size))
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of warm-up, as `transformers.TrainingArguments` reads `warmup_steps`: below 1 it is a share.
+
+    warmup    steps    answer
+      0.05      150    8
+        50      150    50
+    """
+    return int(warmup) if warmup >= 1 else math.ceil(steps * warmup)

@@ -40,6 +40,8 @@ TRIALS = [
     ],
     *[f"{name}:sft:" for name in ("qwen2_5_vl", "qwen3_vl", "gemma3")],
 ]
+SEPARATORS = {"gemma3", "idefics2", "idefics3", "internvl", "mistral3", "paligemma", "pixtral", "smolvlm"}
+"""Architectures whose processor adds tokens of its own where there is an image."""
 ENDS = {"</s>", "<|im_end|>", "<end_of_utterance>", "<end_of_turn>", "<eos>"}
 
 TORCHVISION = Path(sys.prefix) / "torchvision-cpu"
@@ -168,6 +170,30 @@ def test_loss_is_on_answers_and_their_ends_only(trained: Path, trial: str) -> No
 @pytest.mark.parametrize("trial", [trial for trial in TRIALS if ":sft:" in trial])
 def test_the_trained_model_generates(trained: Path, trial: str) -> None:
     assert facts(trained, trial)["metrics"]["after"]["relaxed_accuracy"]["n"] == 2
+
+
+@pytest.mark.parametrize("trial", TRIALS)
+def test_a_plan_knows_what_training_then_finds(trained: Path, trial: str) -> None:
+    """The model on the meta device has the parameters, trainable and packed, and the bytes of the one that
+    trains; the rows have the tokens of the batches."""
+    found = facts(trained, trial)
+    planned = found["planned"]
+    assert [check for check in planned["findings"] if check["status"] != "ok"] == []
+    parts, data = planned["model"]["parts"], planned["data"]
+    trains = sum(part["trainable"] + part["adapter"] for part in parts.values())
+    assert trains == found["trainable_parameters"]
+    assert planned["weight_bytes"] == found["weight_bytes"]
+    assert {name for name, part in parts.items() if part["quantized"]} == {
+        name for name, part in found["parts"].items() if part["linear4bit"]
+    }
+    tokens = sorted(row["tokens"] for row in found["collated"])
+    assert (data["rows"], data["tokens"]["largest"]) == (found["plan"]["rows"], found["plan"]["tokens_max"])
+    assert (data["tokens"]["p50"], data["tokens"]["largest"]) == (tokens[1], tokens[-1])
+    # What the plan counts beside the positions that hold an image: separators around images and tiles.
+    shown = sorted(row["image_tokens"] for row in found["collated"])
+    beside = data["image_tokens"]["largest"] - shown[-1]
+    name = trial.partition(":")[0]
+    assert beside >= 0 if name in SEPARATORS else beside == 0
 
 
 def test_a_lone_parameter_of_the_projector_is_frozen_with_it(tmp_path: Path) -> None:

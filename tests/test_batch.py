@@ -187,10 +187,10 @@ def test_the_worst_rows_are_the_longest_and_the_largest(tmp_path: Path) -> None:
     folder = chartqa(tmp_path / "charts", pictures, query=questions)
     prepared = rows(processor, (source(), folder), limit=4096)
     collate = Collator(processor, prepared.form, torch.float32)
-    worst = probe._worst(prepared, collate)
+    worst = probe.worst(prepared, collate)
     tokens = prepared.dataset["tokens"][:]
     assert worst.longest["index"] == tokens.index(max(tokens))
-    pixels = [probe._pixels(collate([row])) for row in prepared.dataset]
+    pixels = [probe.pixels(collate([row])) for row in prepared.dataset]
     assert pixels[worst.largest["index"]] == max(pixels)
     assert worst.longest["index"] != worst.largest["index"]
     assert [[row["index"] for row in batch] for batch in worst.batches(1)] == [
@@ -200,7 +200,7 @@ def test_the_worst_rows_are_the_longest_and_the_largest(tmp_path: Path) -> None:
     (batch,) = worst.batches(3)
     made = collate(batch)
     assert made["input_ids"].shape == (3, max(tokens))
-    assert probe._pixels(made) >= 3 * max(pixels)
+    assert probe.pixels(made) >= 3 * max(pixels)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +336,7 @@ def test_the_largest_row_is_found_among_many_longer_ones(tmp_path: Path) -> None
     questions = [*["What? " * 100] * 9, "What?"]
     folder = chartqa(tmp_path / "charts", [*[png(0, 40, 40)] * 9, png(1, 168, 168)], query=questions)
     prepared = rows(processor, (source(), folder), limit=4096)
-    worst = probe._worst(prepared, Collator(processor, prepared.form, torch.float32))
+    worst = probe.worst(prepared, Collator(processor, prepared.form, torch.float32))
     assert (worst.longest["index"], worst.largest["index"]) == (0, 9)
 
 

@@ -20,6 +20,7 @@ from runner.manifest import Job
 from runner.supervisor import fetch
 from runner.supervisor.fetch import Answer, Request, cache_folder, fingerprint, key, place, read_answer
 from runner.supervisor.hub import Kind
+from runner.supervisor.weights import INDEX, Weights, find_weights
 
 OLD, NEW = "a" * 40, "b" * 40
 
@@ -215,7 +216,10 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path.endswith("/revision/nowhere"):
             return self.reply(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         if "/revision/" in path:
-            return self.reply(200, json.dumps({"id": "org/good", "sha": self.head, "siblings": []}).encode())
+            listed = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            siblings = listed if "blobs" in self.path else []
+            found = {"id": "org/good", "sha": self.head, "siblings": siblings}
+            return self.reply(200, json.dumps(found).encode())
         if "/tree/" in path:
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": name}
@@ -290,6 +294,42 @@ def test_hub_gives_folders_and_commits_and_a_pin_outlives_the_branch(
     _, moved, _ = run_fetch(tmp_path, Request(job=wanted, train=True, pins={}), hub)
     assert moved is not None
     assert set(moved.pins.values()) == {NEW}
+
+
+def test_a_plan_leaves_the_weights_at_the_hub_and_knows_their_size(
+    tmp_path: Path, hub: dict[str, str]
+) -> None:
+    without = Request(job=job("org/good", "org/good"), train=True, pins={}, weights=False)
+    code, answer, errors = run_fetch(tmp_path, without, hub)
+    assert code == 0, errors
+    assert answer is not None
+    assert answer.weights == Weights(bytes=len(b"weights"), here=False)
+    model = Path(answer.fetched.model)
+    assert [path.name for path in model.iterdir()] == ["config.json"]
+    # An index says it without the network, and the files say whether they are all here.
+    index = {"metadata": {"total_size": 9000}, "weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (model / INDEX).write_text(json.dumps(index))
+    (model / "1.safetensors").touch()
+    assert find_weights("org/good", model) == Weights(bytes=9000, here=False)
+    (model / "2.safetensors").touch()
+    assert find_weights("org/good", model) == Weights(bytes=9000, here=True)
+    (model / INDEX).write_text("{}")
+    with pytest.raises(DataError, match="is no index of weights; remedy"):
+        find_weights("org/good", model)
+    (model / INDEX).unlink()
+    for file in model.glob("*.safetensors"):
+        file.unlink()
+    offline = {**hub, "HF_ENDPOINT": "http://127.0.0.1:9"}
+    code, answer, errors = run_fetch(tmp_path, without.model_copy(update={"pins": answer.pins}), offline)
+    assert code == 0, errors
+    assert answer is not None
+    assert answer.weights == Weights(bytes=None, here=False)
+    weights = Hub.files.pop("model.safetensors")  # pickles alone
+    try:
+        with pytest.raises(DataError, match=r"has no .safetensors; pickled weights are not loaded"):
+            run_fetch(tmp_path, without, {**hub, "HF_HOME": str(tmp_path / "other")})
+    finally:
+        Hub.files["model.safetensors"] = weights
 
 
 def test_every_kind_of_no_has_its_exit_code(tmp_path: Path, hub: dict[str, str]) -> None:

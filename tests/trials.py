@@ -24,10 +24,13 @@ from datasets import Dataset, Features, Image, Value
 from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image as Pillow
 
+from runner.facts import Question
 from runner.manifest import Job
 from runner.plan import Fetched, Plan, geometry
-from runner.train import run
+from runner.train import preparation, run
 from runner.train.channel import Channel
+from runner.train.inspect import inspect
+from runner.train.models import model as models
 from runner.train.models.architectures import parts
 from tests.tiny_models import save
 
@@ -86,6 +89,18 @@ def job(name: str, method: str, freeze: list[str]) -> Job:
     return Job.model_validate(fields)
 
 
+class Heard(Channel):
+    """Keeps what the trainer told its supervisor of its plan."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, None)
+        self.plan: dict[str, Any] = {}
+
+    def send(self, event: str, **fields: Any) -> None:
+        if event == "plan":
+            self.plan = fields
+
+
 class Watch:
     """Looks at the model right after it got its adapter, and again after training."""
 
@@ -140,6 +155,19 @@ class Watch:
         }
 
 
+def collated(job: Job, fetched: Fetched) -> list[dict[str, int]]:
+    """Of every training row: its tokens as a batch of one has them, and those of them that hold an image."""
+    processor = models.load_processor(job, fetched.model)
+    rows = preparation.train_rows(job, fetched.train, processor, preparation.token_limit(job, fetched.model))
+    collate = preparation.collator(job, processor, rows)
+    found = []
+    for row in rows.dataset:
+        ids = collate([row])["input_ids"]
+        images = int((ids[0] == processor.image_token_id).sum())
+        found.append({"tokens": ids.shape[1], "image_tokens": images})
+    return found
+
+
 def trial(folder: Path, name: str, method: str, freeze: list[str]) -> None:
     """One attempt, watched."""
     job_ = job(name, method, freeze)
@@ -157,12 +185,22 @@ def trial(folder: Path, name: str, method: str, freeze: list[str]) -> None:
         fetched=Fetched(model=str(model), train=[str(data)], eval=[str(data)]),
         save_seconds=3600,
     )
-    watch = Watch()
+    planned = inspect(Question(job=job_, fetched=plan.fetched, sample=None))
+    watch, heard = Watch(), Heard(attempt)
     adapted = run.adapter.adapted
     run.adapter.adapted = lambda base, it, start: watch.begin(adapted(base, it, start), it)
-    outcome = run.train(plan, Channel(attempt, None))
+    outcome = run.train(plan, heard)
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    facts = {"metrics": outcome["metrics"], "parts": outcome["facts"]["parts"], **watch.facts(tokenizer)}
+    facts = {
+        "metrics": outcome["metrics"],
+        "parts": outcome["facts"]["parts"],
+        "trainable_parameters": outcome["facts"]["trainable_parameters"],
+        "weight_bytes": outcome["facts"]["weight_bytes"],
+        "plan": heard.plan,
+        "planned": planned.model_dump(),
+        "collated": collated(job_, plan.fetched),
+        **watch.facts(tokenizer),
+    }
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

@@ -32,6 +32,7 @@ from runner.manifest import Job
 from runner.plan import Fetched
 from runner.supervisor import hub
 from runner.supervisor.hub import Kind, Say
+from runner.supervisor.weights import Weights, check_model, find_weights
 
 TABLES = (".parquet", ".jsonl", ".json", ".csv")
 """Endings of a dataset that is one file."""
@@ -53,6 +54,8 @@ class Request(BaseModel):
     """Whether `datasets.train` is needed."""
     pins: dict[str, str]
     """`key(...)` -> commit that the run began with."""
+    weights: bool = True
+    """Whether the model's weights are needed; a plan does without those of the hub."""
 
 
 class Answer(BaseModel):
@@ -65,6 +68,8 @@ class Answer(BaseModel):
     """`key(...)` -> commit, of everything from the hub."""
     fingerprints: dict[str, str]
     """Local path, or demo name -> hash of what is there now."""
+    weights: Weights | None = None
+    """Of a request without them."""
 
 
 class _Refusal(BaseModel):
@@ -151,7 +156,7 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
         if where == "hub":
             name = key(kind, path, revision)
             say({"event": "message", "text": f"fetching {kind} {path} ({revision})"})
-            folder = hub.snapshot(kind, path, request.pins.get(name, revision), say)
+            folder = hub.snapshot(kind, path, request.pins.get(name, revision), say, request.weights)
             pins[name] = revisions[path] = folder.name
         elif where == "demo":
             folder = demo.resolve_model(path) if kind == "model" else demo.resolve_dataset(path, cache)
@@ -161,7 +166,7 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
             folder = _local(kind, path)
             prints[path] = fingerprint(folder)
         if kind == "model":
-            _check_model(path, folder)
+            check_model(path, folder, weights=request.weights or where != "hub")
         return str(folder)
 
     start = None  # first, because it may be missing, and the rest may take an hour
@@ -179,7 +184,8 @@ def fetch(request: Request, environ: Mapping[str, str], say: Say) -> Answer:
         init_from=None if start is None else str(start),
         revisions=revisions,
     )
-    return Answer(fetched=fetched, pins=pins, fingerprints=prints)
+    weights = None if request.weights else find_weights(job.model.name_or_path, Path(model))
+    return Answer(fetched=fetched, pins=pins, fingerprints=prints, weights=weights)
 
 
 def fingerprint(path: Path) -> str:
@@ -250,19 +256,6 @@ def _local(kind: Kind, path: str) -> Path:
     if kind == "dataset" and full.is_dir() and not any(full.iterdir()):
         raise DataError(f"find dataset {path}: {full} is empty; remedy: name the folder that holds the data")
     return full
-
-
-def _check_model(path: str, folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise DataError(
-            f"read model {path}: {folder} has no config.json, so it is no model that from_pretrained loads; "
-            "remedy: name the folder that holds config.json; an adapter is not a base model"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise DataError(
-            f"read model {path}: {folder} has no .safetensors; pickled weights are not loaded, because they "
-            "can run code; remedy: use a revision with safetensors, or convert it"
-        )
 
 
 class _Say:

@@ -5,6 +5,7 @@ Without a network, what the cache has whole is taken. Only `runner.supervisor.fe
 
 from __future__ import annotations
 
+import fnmatch
 import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,13 +18,17 @@ Kind = Literal["model", "dataset"]
 Say = Callable[[Mapping[str, Any]], None]
 """Takes events of the download."""
 
-_MODEL_FILES = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
+_WEIGHTS = "*.safetensors"
+_MODEL_FILES = [_WEIGHTS, "*.json", "*.txt", "*.model", "*.jinja"]
 """Nothing that executes: no pickles, no code; and not the copies for other frameworks."""
 _MODEL_IGNORED = ["onnx/*", "original/*", "*.onnx", "runs/*"]
 
 
-def snapshot(kind: Kind, path: str, revision: str, say: Say) -> Path:
+def snapshot(kind: Kind, path: str, revision: str, say: Say, weights: bool = True) -> Path:
     """Download a repository, or complete what the cache has of it. Returns a folder named for the commit.
+
+    Args:
+        weights: False leaves a model's weights where they are.
 
     Raises:
         DataError: no such repository or revision.
@@ -50,7 +55,7 @@ def snapshot(kind: Kind, path: str, revision: str, say: Say) -> Path:
             path,
             repo_type=kind,
             revision=revision,
-            allow_patterns=_MODEL_FILES if kind == "model" else None,
+            allow_patterns=_MODEL_FILES[0 if weights else 1 :] if kind == "model" else None,
             ignore_patterns=_MODEL_IGNORED if kind == "model" else None,
             tqdm_class=_progress(say),
         )
@@ -92,6 +97,24 @@ def snapshot(kind: Kind, path: str, revision: str, say: Say) -> Path:
     except OSError as error:
         raise disk_error(what, Path(constants.HF_HUB_CACHE), error) from error
     return Path(folder)
+
+
+def weight_sizes(path: str, revision: str) -> dict[str, int] | None:
+    """Bytes of a model's files of weights by their names, as the hub lists them; None where it does not."""
+    from httpx2 import HTTPError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        found = HfApi().model_info(path, revision=revision, files_metadata=True).siblings or []
+    except (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, OSError):
+        return None
+    return {
+        file.rfilename: int(file.size or 0)
+        for file in found
+        if fnmatch.fnmatch(file.rfilename, _WEIGHTS)
+        and not any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in _MODEL_IGNORED)
+    }
 
 
 def _http_error(what: str, error: Any, token: str) -> RunnerError:

@@ -72,12 +72,12 @@ def fitting(trainer: RunTrainer, collate: Collate, rows: Rows, cut: Geometry, ch
     with rng.preserved(), _undone(trainer):
         channel.send("probe", per_device=1)
         with memory_named(OutOfMemory, "the longest row alone does not fit"):
-            worst = _worst(rows, collate)
-            _pass(trainer, collate([worst.longest]))
+            heaviest = worst(rows, collate)
+            _pass(trainer, collate([heaviest.longest]))
             trainer.optimizer.optimizer.step()  # not through accelerate, which would ask the loss scaler
         for size in sizes(cut.global_batch_size, cut.world):
             tried = recut(cut, size)
-            if size <= most and _fits(trainer, collate, worst.batches(size), tried, channel):
+            if size <= most and _fits(trainer, collate, heaviest.batches(size), tried, channel):
                 return tried
     raise OutOfMemory("a single row does not fit beside its gradients and the optimizer's state")
 
@@ -143,19 +143,20 @@ def _undone(trainer: RunTrainer) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()  # the record of steps is about training
 
 
-def _worst(rows: Rows, collate: Collate) -> Worst:
-    tokens, images, pixels = (rows.dataset[name][:] for name in ("tokens", "image_count", "pixels"))
+def worst(rows: Rows, collate: Collate) -> Worst:
+    """The rows that need the most memory; see the module for how many are really processed."""
+    tokens, images, areas = (rows.dataset[name][:] for name in ("tokens", "image_count", "pixels"))
     numbers = range(len(tokens))
     by_tokens = sorted(numbers, key=lambda number: -tokens[number])[:LOOKED_AT]
     by_images = sorted(numbers, key=lambda number: (-images[number], -tokens[number]))[:LOOKED_AT]
-    by_pixels = sorted(numbers, key=lambda number: -pixels[number])[:LOOKED_AT]
+    by_pixels = sorted(numbers, key=lambda number: -areas[number])[:LOOKED_AT]
     candidates = {*by_tokens, *by_images, *by_pixels}
-    looked_at = {number: _pixels(collate([rows.dataset[number]])) for number in candidates}
+    looked_at = {number: pixels(collate([rows.dataset[number]])) for number in candidates}
     largest = max(looked_at, key=lambda number: (looked_at[number], tokens[number]))
     return Worst(longest=rows.dataset[by_tokens[0]], largest=rows.dataset[largest])
 
 
-def _pixels(batch: Mapping[str, Any]) -> int:
+def pixels(batch: Mapping[str, Any]) -> int:
     """Numbers in the pixel values of a batch."""
     return sum(
         value.numel()

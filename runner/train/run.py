@@ -7,7 +7,6 @@ guarded here, so that an attempt that resumes goes on with the numbers of the on
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import shutil
 from dataclasses import asdict, dataclass
@@ -23,12 +22,11 @@ from trl import DPOConfig, SFTConfig
 from runner.durable import write_text
 from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import gathering, methods, placement, probe, state
+from runner.train import gathering, methods, placement, preparation, probe, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.audit import audit
-from runner.train.data.collator import Collator
-from runner.train.data.rows import Rows, load
+from runner.train.data.rows import Rows
 from runner.train.evaluation.evaluator import Evaluator
 from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
@@ -126,29 +124,21 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     """Build the processor, prepare and check all rows, audit the labels."""
     channel.send("phase", phase="data")
     job = plan.job
-    config = models.load_config(plan.fetched.model)
+    limit = preparation.token_limit(job, plan.fetched.model)
     processor = models.load_processor(job, plan.fetched.model)
-    limit = job.datasets.max_length or config.get_text_config().max_position_embeddings
-    load_rows = functools.partial(load, policy=job.datasets, seed=job.seed, processor=processor, limit=limit)
     train_rows = eval_rows = None
     with first_on_machine():
         if plan.purpose == "train":
-            train_rows = load_rows(job.datasets.train, plan.fetched.train, name="train")
-            collator = _collator(plan, processor, train_rows)
+            train_rows = preparation.train_rows(job, plan.fetched.train, processor, limit)
+            collator = preparation.collator(job, processor, train_rows)
             channel.send("audit", lines=audit(train_rows, collator, processor))
-        if job.datasets.eval:
-            at_most = None if job.evaluation is None else job.evaluation.max_samples
-            eval_rows = load_rows(job.datasets.eval, plan.fetched.eval, name="eval", max_samples=at_most)
+        eval_rows = preparation.eval_rows(job, plan.fetched.eval, processor, limit)
     for rows in (train_rows, eval_rows):
         for row, reason in () if rows is None else rows.skipped:
             channel.send("warning", message=f"{row} is skipped: {reason}")
         for note in () if rows is None else rows.notes:
             channel.send("message", text=note)
     return Prepared(processor, train_rows, eval_rows)
-
-
-def _collator(plan: Plan, processor: ProcessorMixin, rows: Rows) -> Collator:
-    return Collator(processor, rows.form, models.DTYPES[plan.job.model.dtype])
 
 
 def _steps(plan: Plan, prepared: Prepared) -> int:
@@ -219,7 +209,7 @@ def _trainer(
             reference=reference,
             keep_reference_adapter=keeps_reference,
             processor=prepared.processor,
-            collator=_collator(plan, prepared.processor, rows),
+            collator=preparation.collator(job, prepared.processor, rows),
             rows=rows,
             eval_rows=prepared.eval_rows,
             control=control,

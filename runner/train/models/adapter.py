@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from runner.errors import DataError, JobError, Problem
@@ -80,7 +80,27 @@ def values_kept(model: PeftModel) -> Iterator[None]:
         parameter.data = before[name]
 
 
+def without_values(base: PreTrainedModel, job: Job, start: Path | None) -> PeftModel:
+    """`adapted` over a model on the meta device: the same modules and parameters, and no numbers in them."""
+    if start is None or (start / state.PARAMETERS).is_file():
+        # Initialisations that compute with the base's weights have none here.
+        plain = {**(job.lora or {}), "init_lora_weights": True}
+        return add_adapter(base, job.model_copy(update={"lora": plain}))
+    config = _configuration(job, start)
+    config.inference_mode, config.init_lora_weights = False, True
+    return get_peft_model(base, config)
+
+
 def _from_adapter(base: PreTrainedModel, job: Job, folder: Path) -> PeftModel:
+    config = _configuration(job, folder)
+    model = load_adapter(base, folder, named="lora.init_from", config=config)
+    model.peft_config["default"].base_model_name_or_path = job.model.name_or_path
+    model.peft_config["default"].revision = job.model.revision
+    return model
+
+
+def _configuration(job: Job, folder: Path) -> LoraConfig:
+    """That of the adapter in `folder`, which the job does not contradict."""
     try:
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
@@ -89,10 +109,7 @@ def _from_adapter(base: PreTrainedModel, job: Job, folder: Path) -> PeftModel:
         raise DataError(f"lora.init_from: cannot load {folder}: {error}") from error
     _same(job, config)
     config.lora_dropout = (job.lora or {}).get("lora_dropout", config.lora_dropout)
-    model = load_adapter(base, folder, named="lora.init_from", config=config)
-    model.peft_config["default"].base_model_name_or_path = job.model.name_or_path
-    model.peft_config["default"].revision = job.model.revision
-    return model
+    return config
 
 
 def _same(job: Job, config: LoraConfig) -> None:

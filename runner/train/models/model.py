@@ -116,7 +116,7 @@ def load_base(job: Job, folder: str, *, sharded: bool = False) -> PreTrainedMode
             folder,
             dtype=DTYPES[job.model.dtype],
             attn_implementation=job.model.attn_implementation,
-            quantization_config=_quantization(job, where, sharded),
+            quantization_config=quantization(job, where, sharded=sharded),
             device_map={"": device()},
         )
     except (OSError, ValueError, ImportError) as error:
@@ -144,7 +144,7 @@ def _with_scales(module: Linear8bitLt, _inputs: object) -> None:
         module.weight.SCB = module.state.SCB
 
 
-def _quantization(job: Job, where: Parts, sharded: bool) -> BitsAndBytesConfig | None:
+def quantization(job: Job, where: Parts, *, sharded: bool = False) -> BitsAndBytesConfig | None:
     """bitsandbytes' configuration; what is frozen, and the head that TRL multiplies raw, stays as it is.
 
     Engines split floats alone: for them the same bits are stored as such (`bnb_4bit_quant_storage`).

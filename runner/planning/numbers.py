@@ -1,0 +1,133 @@
+"""The arithmetic of a plan: from a job, its facts and its cut to the sections of the document. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner.facts import DataFacts, ModelFacts
+from runner.manifest import Job
+from runner.plan import Geometry, steps_per_epoch, total_steps, warmup_steps
+from runner.supervisor.pace import UNMEASURED_SAVE, save_interval
+
+RATE = 50e6
+"""Bytes a second that a commit is taken to bring to its store; a run measures its own."""
+
+OPTIMIZERS: dict[str, float] = {
+    "adamw_torch": 8,
+    "adamw_torch_fused": 8,
+    "stable_adamw": 8,
+    "paged_adamw_32bit": 8,
+    "adamw_8bit": 2,
+    "adamw_bnb_8bit": 2,
+    "paged_adamw_8bit": 2,
+    "lion_32bit": 4,
+    "paged_lion_32bit": 4,
+    "lion_8bit": 1,
+    "paged_lion_8bit": 1,
+    "adagrad": 4,
+    "rmsprop": 4,
+    "sgd": 0,
+    "adafactor": 0,
+}
+"""`training.optim` -> bytes of moments for a trainable parameter; adafactor's are rows and columns only."""
+
+_DEFAULT_OPTIMIZER = "adamw_torch_fused"
+_LARGEST_STATE = 8
+"""Of an optimizer that is not in the table."""
+
+_STEP_BYTES = 170
+"""Of a line of steps.jsonl and the same step in transformers' log, without its rows."""
+_ROW_BYTES = 6
+_OTHER_BYTES = 32_000
+"""Generators' states, names of the tensors, configuration."""
+
+
+def model_section(job: Job, model: ModelFacts, weight_bytes: int) -> dict[str, Any]:
+    """What trains, and what the base takes in memory."""
+    parts = model.parts.values()
+    return {
+        "parameters": sum(part.parameters for part in parts),
+        "quantized_parameters": sum(part.quantized for part in parts),
+        "trainable_parameters": trainable(model),
+        "weight_bytes": weight_bytes,
+        "frozen": list(job.model.freeze),
+        **model.model_dump(),
+    }
+
+
+def trainable(model: ModelFacts) -> int:
+    """Parameters that train, of base and adapter."""
+    return sum(part.trainable + part.adapter for part in model.parts.values())
+
+
+def training_section(job: Job, data: DataFacts, cut: Geometry) -> dict[str, Any]:
+    """Steps and how each is cut."""
+    options = job.training.options
+    size = cut.global_batch_size
+    steps = total_steps(data.rows, size, options.get("num_train_epochs", 3.0), options.get("max_steps", -1))
+    # Unseen rows may be left out where the job allows that.
+    leaves_out = job.datasets.on_bad_row == "skip" or job.datasets.on_overflow == "drop"
+    an_epoch = steps_per_epoch(data.rows, size)
+    return {
+        **cut.model_dump(),
+        "auto": job.training.per_device_train_batch_size == "auto",
+        "strategy": "single" if cut.world == 1 and job.launch.strategy == "auto" else job.launch.strategy,
+        "steps": steps,
+        "steps_per_epoch": an_epoch,
+        "epochs": round(steps / an_epoch, 4),
+        "warmup_steps": warmup_steps(options.get("warmup_steps") or 0, steps),
+        "exact": data.looked_at >= data.rows + data.skipped or not leaves_out,
+    }
+
+
+def checkpoint_bytes(job: Job, model: ModelFacts, steps: int) -> int:
+    """About the size of the last, largest checkpoint: trained parameters in float32, the optimizer's moments,
+    and the record of all steps."""
+    state = OPTIMIZERS.get(job.training.options.get("optim", _DEFAULT_OPTIMIZER), _LARGEST_STATE)
+    record = steps * (_STEP_BYTES + _ROW_BYTES * job.training.global_batch_size)
+    return int(trainable(model) * (4 + state)) + record + _OTHER_BYTES
+
+
+def checkpoints_section(job: Job, place: str, size: int | None) -> dict[str, Any]:
+    """Where checkpoints go, what they take, and how often one is saved until saves were measured."""
+    settings = job.checkpoints
+    return {
+        "place": place,
+        "bytes": size,
+        "keep_last": settings.keep_last,
+        "kept_bytes": None if size is None else size * settings.keep_last,
+        "save_steps": settings.save_steps,
+        "save_seconds": save_interval(settings.max_loss_seconds, None, None),
+        "max_loss_seconds": settings.max_loss_seconds,
+    }
+
+
+def grace_section(grace: float | None, size: int | None, steps_per_second: float | None) -> dict[str, Any]:
+    """What the time from a notice to the end of the machine allows: the end of a step, a save, its commit.
+
+    Args:
+        grace: `RUNNER_GRACE_SECONDS`; None: nobody said.
+    """
+    step = 0.0 if steps_per_second is None else 1 / steps_per_second
+    needed = None if size is None else round(step + UNMEASURED_SAVE + size / RATE, 1)
+    return {
+        "seconds": grace,
+        "needed_seconds": needed,
+        "assumed_bytes_per_second": RATE,
+        "enough": None if grace is None or needed is None else needed <= grace,
+    }
+
+
+def time_section(
+    steps: int | None, steps_per_second: float | None, source: str | None, price_per_hour: float | None
+) -> dict[str, Any]:
+    """How long and how dear, where a throughput is known."""
+    seconds = None if steps is None or steps_per_second is None else round(steps / steps_per_second, 1)
+    price = None if seconds is None or price_per_hour is None else round(seconds / 3600 * price_per_hour, 2)
+    return {
+        "steps_per_second": steps_per_second,
+        "source": source,
+        "seconds": seconds,
+        "price_per_hour": price_per_hour,
+        "price": price,
+    }
