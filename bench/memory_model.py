@@ -191,7 +191,8 @@ def table(records: list[dict[str, Any]]) -> list[str]:
     lines += [
         "",
         f"{inside} of {len(records)} measured values lie inside the interval. The middle is off by "
-        f"{mean:.1%} in the mean; of the part above the process before it loads the model, by {mean_above:.1%}.",
+        f"{mean:.1%} in the mean; of the part above the process before it loads the model, by "
+        f"{mean_above:.1%}.",
     ]
     return lines
 

@@ -315,6 +315,19 @@ def found_levers(changes: dict[str, Any], gpu: str, world: int = 1) -> list[Leve
     return levers(model(job), data(), job, geometry(job, world), strategy, "cuda", GPUS[gpu].usable)
 
 
+def changed(job: Job, keys: dict[str, Any]) -> dict[str, Any]:
+    """A job's mapping with dotted keys set, as the command line sets them."""
+    tree = job.model_dump(mode="json")
+    for key, value in keys.items():
+        *parents, last = key.split(".")
+        node = tree
+        for parent in parents:
+            node[parent] = node[parent] or {}
+            node = node[parent]
+        node[last] = value
+    return tree
+
+
 def test_levers_save_most_first_and_estimate_again() -> None:
     changes = {
         "model": {"dtype": "float32", "processor": {"size": {"longest_edge": 1536}}},
@@ -334,6 +347,8 @@ def test_levers_save_most_first_and_estimate_again() -> None:
         "fsdp2 over 2 devices",
         "16 devices, zero3",
     }
+    for one in found:
+        assert Job.model_validate(changed(job_of(**changes), one.keys)) != job_of(**changes), one.name
     by_name = {one.name: one for one in found}
     job = job_of(**merged(changes, {"training": {"gradient_checkpointing": True}}))
     again = estimate(model(job), data(), job, geometry(job, 2), "ddp", "cuda")
@@ -382,6 +397,12 @@ def test_the_simplest_strategy_that_fits(
     choice = choose(model(job), data(), job, geometry(job, world), "cuda", GPUS[gpu].usable)
     assert choice.strategy == strategy == choice.estimate.strategy
     assert "\n" not in choice.reason
+
+
+def test_without_a_capacity_it_is_the_simplest() -> None:
+    job = job_of(lora=None)
+    choice = choose(model(job), data(), job, geometry(job, 2), "cuda", None)
+    assert choice.strategy == "ddp" and "not known" in choice.reason
 
 
 def test_where_nothing_fits_the_reason_says_so() -> None:

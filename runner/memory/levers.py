@@ -43,7 +43,7 @@ class Choice:
 
 
 def choose(
-    model: ModelFacts, data: DataFacts, job: Job, cut: Geometry, device: Device, capacity: int
+    model: ModelFacts, data: DataFacts, job: Job, cut: Geometry, device: Device, capacity: int | None
 ) -> Choice:
     """The simplest strategy whose high end fits: what is not needed costs time on the wire.
 
@@ -53,12 +53,17 @@ def choose(
           > 1   no         yes          -            zero2
           > 1   no         no           yes          zero3
           > 1   no         no           no           zero3, and the reason says so
+        > 1   nobody knows the capacity            ddp, and the reason says so
 
     Args:
-        capacity: bytes of one device (`Gpu.usable`).
+        capacity: bytes of one device (`Gpu.usable`); None where its type is not known.
     """
     if cut.world == 1:
         return Choice("single", "one process", estimate(model, data, job, cut, "single", device))
+    if capacity is None:
+        found = estimate(model, data, job, cut, "ddp", device)
+        reason = f"the simplest; what a device has is not known, and it may need {_gib(found.high)}"
+        return Choice("ddp", reason, found)
     tried: list[str] = []
     order: tuple[Strategy, ...] = ("ddp", "zero2", "zero3")
     for strategy in order:
@@ -158,6 +163,8 @@ def _more_devices(
         world = cut.world * times
         usable = sizes(cut.global_batch_size, world)
         if not usable or (best is not None and best[2].high <= capacity):
+            break
+        if job.training.sorts and cut.per_device not in usable:  # another size would be another loss
             break
         size = next(size for size in usable if size <= cut.per_device)
         more = Geometry(
