@@ -75,17 +75,14 @@ CASES: dict[str, tuple[str, list[Changes]]] = {
     "full float32, 4 rows": ("idefics3", [FULL_FLOAT, FOUR_ROWS]),
     "full float32, 8-bit adamw, stored": ("idefics3", [FULL_FLOAT, EIGHT_BIT_ADAM, STORED, FOUR_WAIT]),
     "qwen 4-bit": ("qwen2_vl", [{"quantization": FOUR_BIT}]),
-    "paligemma lora, 4 rows, stored": ("paligemma", [FOUR_ROWS, STORED]),
     "llava 8-bit": ("llava", [{"quantization": EIGHT_BIT}]),
     "dpo": ("idefics3", [DPO]),
     "qwen full, tower too, 4 rows": ("qwen2_vl", [{"lora": None}, TOWER, FOUR_ROWS]),
     "llava lora float32, 4 rows": ("llava", [{"model": {"dtype": "float32"}}, FOUR_ROWS]),
     "lora, tower too, 4 rows": ("idefics3", [TOWER, FOUR_ROWS]),
-    "paligemma full, 8-bit adamw": ("paligemma", [{"lora": None}, EIGHT_BIT_ADAM]),
     "qwen dpo, stored": ("qwen2_vl", [DPO, STORED]),
     "llava dpo, full": ("llava", [DPO, {"lora": None}]),
     "dpo 4-bit, stored": ("idefics3", [DPO, {"quantization": FOUR_BIT}, STORED]),
-    "paligemma 4-bit, 4 rows, stored": ("paligemma", [{"quantization": FOUR_BIT}, FOUR_ROWS, STORED]),
     "qwen lora, 4 rows, stored": ("qwen2_vl", [FOUR_ROWS, STORED]),
 }
 

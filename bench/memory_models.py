@@ -1,4 +1,4 @@
-"""The models that bench/memory_model.py measures: random, of four families, 60 to 80 million parameters.
+"""The models that bench/memory_model.py measures: random, of three families, 60 to 80 million parameters.
 
 Configuration and processor are those of `tests.tiny_models`, widened: weights and activations weigh hundreds
 of MiB beside the libraries. Saved in bfloat16, as published models are.
@@ -64,19 +64,7 @@ def _llava() -> tuple[dict[str, Any], Callable[[Any], None]]:
     return changes, processor
 
 
-def _paligemma() -> tuple[dict[str, Any], Callable[[Any], None]]:
-    """Gemma's text model, with a large vocabulary; 256 tokens a picture."""
-
-    def processor(made: Any) -> None:
-        made.image_processor.size = {"height": 224, "width": 224}
-        made.image_processor.image_seq_length = made.image_seq_length = 256
-
-    text = TEXT | {"model_type": "gemma", "vocab_size": 32768, "num_key_value_heads": 4}
-    tower = TOWER | {"image_size": 224, "projection_dim": HIDDEN}
-    return {"vision_config": tower, "text_config": text, "projection_dim": HIDDEN}, processor
-
-
-FAMILIES = {"idefics3": _idefics3, "llava": _llava, "paligemma": _paligemma, "qwen2_vl": _qwen2_vl}
+FAMILIES = {"idefics3": _idefics3, "llava": _llava, "qwen2_vl": _qwen2_vl}
 
 
 def build(family: str, folder: Path) -> Path:

@@ -135,4 +135,4 @@ def _reserve(it: Subject, ranges: dict[str, Range]) -> Range:
         return CONTEXT + kept + (COLLECTIVES if it.cut.world > 1 else NOTHING)
     moving = [ranges[name] for name in ("activations, text", "activations, tower", "head", "batch")]
     low, high = (sum(getattr(one, end) for one in moving) for end in ("low", "high"))
-    return PROCESS + Range(low * HEAP.low, high * HEAP.high)
+    return PROCESS + Range(low * HEAP.low, high * HEAP.high) + terms.fragments(it)

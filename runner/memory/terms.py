@@ -97,7 +97,7 @@ class Subject:
 
     @property
     def rows(self) -> int:
-        """Sequences of a micro-batch: of a pair two (TRL puts chosen and rejected into one batch)."""
+        """Sequences of a micro-batch, each with its images: of a pair two (TRL's collator)."""
         return self.cut.per_device * (2 if self.pairs else 1)
 
     @property
@@ -201,6 +201,18 @@ def optimizer(it: Subject) -> Range | None:
     return Range(low, high) * (it.trains / it.shard("optimizer"))
 
 
+def fragments(it: Subject) -> Range:
+    """What the C library of a CPU may keep of layers that checkpointing freed, whose inputs pin the heap: at most
+    all that they would have kept without it (measured: a LLaVA with six layers, after its forward pass: 51 MiB
+    of tensors, and a process that had grown by 265)."""
+    if not it.option("gradient_checkpointing"):
+        return NOTHING
+    stack = it.model.text
+    how = _trained(it, it.part("language_model"), stack, gated=True)
+    without = trained(stack, it.c, replace(how, checkpointing=False)) * it.tokens
+    return Range(0, without.high - (trained(stack, it.c, how) * it.tokens).high)
+
+
 def text(it: Subject) -> Range:
     """Of the text model: what its layers keep, the working set of one, and what lies before and behind them:
     the embedded tokens, with images and without, the last state and its norm."""
@@ -238,8 +250,7 @@ def tower(it: Subject, beside: Range) -> Range | None:
     Args:
         beside: the text model's activations.
     """
-    shown = images(it)
-    positions = it.data.tower_tokens * shown
+    positions = it.data.tower_tokens * it.rows
     if not positions:
         return NOTHING
     stack = it.model.vision
@@ -248,14 +259,11 @@ def tower(it: Subject, beside: Range) -> Range | None:
     part = it.part("vision_tower")
     if "vision_tower" not in it.job.model.freeze:
         return trained(stack, it.c, _trained(it, part, stack, gated=False)) * positions
-    moment = passed(stack, it.c, gated=False) * positions + Range(0, 2 * it.data.pixel_values * shown * it.c)
+    moment = passed(stack, it.c, gated=False) * positions + Range(
+        0, 2 * it.data.pixel_values * it.rows * it.c
+    )
     over = Range(max(0, moment.low - beside.low), max(0, moment.high - beside.high))
     return Range(over.low, moment.high) if it.pairs else over
-
-
-def images(it: Subject) -> int:
-    """Rows whose images a micro-batch holds: of a pair twice, once for each answer (TRL's collator)."""
-    return it.rows
 
 
 def head(it: Subject) -> Range:
@@ -284,7 +292,7 @@ def batch(it: Subject) -> Range:
     """Pixel values in model.dtype with their mask, and five numbers of 8 bytes a token (ids, masks, labels).
     A CPU holds all micro-batches of a step, at most one more that was fetched ahead, and what the processor
     made them of in float32; a GPU the one at work."""
-    pixels = it.data.pixel_values * images(it)
+    pixels = it.data.pixel_values * it.rows
     one = pixels * (it.c + 1 / 3) + it.tokens * 40
     if it.device == "cuda":
         return Range(one, one + pixels * FLOAT32)
