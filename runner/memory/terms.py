@@ -202,9 +202,9 @@ def optimizer(it: Subject) -> Range | None:
 
 
 def fragments(it: Subject) -> Range:
-    """What the C library of a CPU may keep of layers that checkpointing freed, whose inputs pin the heap: at most
-    all that they would have kept without it (measured: a LLaVA with six layers, after its forward pass: 51 MiB
-    of tensors, and a process that had grown by 265)."""
+    """What the C library of a CPU may keep of layers that checkpointing freed, whose inputs pin the heap: at
+    most all that they would have kept without it (measured: a LLaVA with six layers, after its forward pass:
+    51 MiB of tensors, and a process that had grown by 265)."""
     if not it.option("gradient_checkpointing"):
         return NOTHING
     stack = it.model.text
