@@ -43,10 +43,11 @@ chaos: .venv/.installed ## Kill runs 540 times, and see what became of them: mak
 	@$(BIN)/python -m tests.chaos --kills 40 --duels 0 --minutes 30 \
 	  --trainer "'$(CURDIR)/$(BIN)/python' -m runner.train" --job tests/chaos/real.json
 
-bench: .venv/.installed ## Measure what the README promises, on this machine
+bench: .venv/.installed .venv/torchvision-cpu ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py
 	@$(BIN)/python bench/sft_step.py
 	@$(BIN)/python bench/memory.py
+	@PYTHONPATH="$(CURDIR)/tests/torchvision_shim:$(CURDIR)/.venv/torchvision-cpu" $(BIN)/python bench/memory_model.py
 	@$(BIN)/python bench/slow_store.py
 	@$(BIN)/python bench/checkpoints.py
 
