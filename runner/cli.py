@@ -125,7 +125,9 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _train_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document (docs/plan.md)")
-    parser.add_argument("--gpu", metavar="TYPE", help="type of GPU that memory is counted for")
+    parser.add_argument(
+        "--gpu", metavar="TYPE", help="type of GPU that memory is counted for, as L4 or A100-80GB, or cpu"
+    )
     parser.add_argument(
         "--sample", type=_above_zero(int), metavar="N", help="look at N rows, drawn by seed (default: 1000)"
     )

@@ -11,9 +11,11 @@ from pydantic import ValidationError
 from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.facts import Answer, Question
-from runner.supervisor.attempt import environ_of_trainer
-from runner.supervisor.ranks import Notices, watch
+from runner.supervisor.environment import environ_of_trainer
+from runner.supervisor.notices import Notices
+from runner.supervisor.ranks import Child, watch
 from runner.supervisor.remains import last_error
+from runner.supervisor.world import Machine
 
 INSPECTOR = (sys.executable, "-m", "runner.train.inspect")
 
@@ -36,10 +38,9 @@ def ask(question: Question, folder: Path, notices: Notices) -> Answer:
     asked, answer, log = folder / "question.json", folder / "facts.json", folder / "inspect.log"
     with disk("write the question", folder):
         write_text(asked, question.model_dump_json())
+    environ = environ_of_trainer(os.environ, 1, "single", Machine.here(os.environ))
     exit = watch(
-        [*INSPECTOR, str(asked), str(answer)],
-        environ={**environ_of_trainer(os.environ), **_LIGHT},
-        log=log,
+        [Child([*INSPECTOR, str(asked), str(answer)], {**environ, **_LIGHT}, log)],
         notices=notices,
         on_event=lambda event: None,
         on_notice=lambda reason: True,

@@ -6,7 +6,7 @@ from typing import Any
 
 from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
-from runner.plan import Geometry, steps_per_epoch, total_steps, warmup_steps
+from runner.plan import Geometry, Strategy, steps_per_epoch, total_steps, warmup_steps
 from runner.supervisor.pace import UNMEASURED_SAVE, save_interval
 
 RATE = 50e6
@@ -60,8 +60,12 @@ def trainable(model: ModelFacts) -> int:
     return sum(part.trainable + part.adapter for part in model.parts.values())
 
 
-def training_section(job: Job, data: DataFacts, cut: Geometry) -> dict[str, Any]:
-    """Steps and how each is cut."""
+def training_section(job: Job, data: DataFacts, cut: Geometry, strategy: Strategy | None) -> dict[str, Any]:
+    """Steps and how each is cut.
+
+    Args:
+        strategy: None: not known.
+    """
     options = job.training.options
     size = cut.global_batch_size
     steps = total_steps(data.rows, size, options.get("num_train_epochs", 3.0), options.get("max_steps", -1))
@@ -71,7 +75,7 @@ def training_section(job: Job, data: DataFacts, cut: Geometry) -> dict[str, Any]
     return {
         **cut.model_dump(),
         "auto": job.training.per_device_train_batch_size == "auto",
-        "strategy": "single" if cut.world == 1 and job.launch.strategy == "auto" else job.launch.strategy,
+        "strategy": strategy,
         "steps": steps,
         "steps_per_epoch": an_epoch,
         "epochs": round(steps / an_epoch, 4),

@@ -13,20 +13,21 @@ from typing import Any
 from runner.checkpoint.place import run_place
 from runner.command import complain, say
 from runner.durable import scratch
-from runner.facts import Answer, DataFacts, ModelFacts, Question
+from runner.facts import Answer, Question
 from runner.findings import Findings
 from runner.manifest import Job
-from runner.plan import Geometry, geometry
-from runner.planning import numbers, words
+from runner.plan import geometry
+from runner.planning import memory, numbers, words
 from runner.planning.ask import ask
 from runner.planning.store import check_room, check_store
 from runner.settings import Resolved
 from runner.supervisor import fetch, identity, result
 from runner.supervisor.direct import grace_seconds
 from runner.supervisor.fetching import fetched
+from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen
-from runner.supervisor.ranks import Notices
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.world import worlds
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def plan(resolved: Resolved, asked: Asked, as_json: bool) -> int:
 
 def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
     """The document; docs/plan.md says what its keys mean."""
-    job = resolved.job
+    job, at = resolved.job, memory.where(asked.gpu)
     folder = RunFolder((asked.runs / job.name).absolute())
     checks = Findings()
     cut = checks.make("geometry", lambda: geometry(job, processes(job)))
@@ -68,7 +69,12 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
 
     model = None if answer is None else answer.model
     data = None if answer is None else answer.data
-    training = None if data is None or cut is None else numbers.training_section(job, data, cut)
+    choice = training = room = None
+    if data is not None and cut is not None:
+        if model is not None:
+            choice = memory.chosen(job, model, data, cut, at)
+            room = memory.section(job, model, data, cut, choice, at)
+        training = numbers.training_section(job, data, cut, None if choice is None else choice.strategy)
     steps = None if training is None else training["steps"]
     size = None if model is None or steps is None else numbers.checkpoint_bytes(job, model, steps)
     checks.make("store", lambda: check_store(job, folder.path))
@@ -90,9 +96,7 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
         "data": None if data is None else data.model_dump(),
         "eval_rows": None if answer is None else answer.eval_rows,
         "training": training,
-        "memory": None
-        if model is None or data is None or cut is None
-        else _memory(job, model, data, cut, asked.gpu),
+        "memory": room,
         "checkpoints": numbers.checkpoints_section(job, place, size),
         "grace": numbers.grace_section(grace, size, speed),
         "time": numbers.time_section(steps, speed, source, asked.price_per_hour),
@@ -105,7 +109,9 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
 def processes(job: Job) -> int:
     """Training processes; a job that takes every GPU it finds is planned for one a machine."""
     each = job.launch.gpus_per_node
-    return job.launch.nodes * (each if isinstance(each, int) else 1)
+    there = job.launch.nodes * (each if isinstance(each, int) else 1)
+    most = 1 if job.launch.strategy == "single" else there
+    return max((count for count in worlds(job) if count <= most), default=most)
 
 
 def _looked_at(
@@ -128,14 +134,6 @@ def _looked_at(
         if answer is not None:
             checks.made += answer.findings
     return answer, found
-
-
-def _memory(
-    job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, gpu: str | None
-) -> dict[str, Any] | None:
-    """Bytes on a GPU of a type, as `{"gpu", "low", "high", "terms": {name: bytes}}`; None: not known."""
-    del job, model, data, cut, gpu
-    return None
 
 
 def _throughput(folder: RunFolder, given: float | None) -> tuple[float | None, str | None]:

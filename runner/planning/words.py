@@ -102,7 +102,7 @@ def _training(training: Mapping[str, Any] | None) -> Iterator[str]:
     yield (
         f"{training['global_batch_size']} rows a step: {training['per_device']} per device{most}, x "
         f"{training['accumulation']} x {training['world']} process{'' if training['world'] == 1 else 'es'}, "
-        f"{training['strategy']}"
+        f"{training['strategy'] or 'strategy unknown'}"
     )
 
 
@@ -110,9 +110,25 @@ def _memory(section: Mapping[str, Any] | None) -> Iterator[str]:
     if section is None:
         yield "unknown"
         return
-    yield f"{size(section['low'])} to {size(section['high'])} on a {section['gpu']}"
-    for name, count in section["terms"].items():
-        yield f"{size(count):>10} {name}"
+    rows = f"{section['per_device']} row{'' if section['per_device'] == 1 else 's'} at once"
+    on = {None: "each GPU", "cpu": "each process on a CPU"}.get(section["gpu"], f"each {section['gpu']}")
+    has = (
+        ""
+        if section["capacity"] is None
+        else f", which has {size(section['capacity'])}: {section['verdict']}"
+    )
+    yield f"{size(section['low'])} to {size(section['high'])} on {on}, {rows}{has}"
+    if section["strategy"] != "single":
+        yield f"strategy {section['strategy']}: {section['reason']}"
+    if section["capacity"] is None and section["gpu"] is None:
+        yield f"surely fits {', '.join(section['fits']) or 'none of the types that are known'}"
+    for name, term in section["terms"].items():
+        yield f"{size(term['low']):>10} to {size(term['high']):>8} {name}"
+    for line in section["unknown"]:
+        yield f"not counted: {line}"
+    for lever in section["levers"]:
+        keys = ", ".join(f"{key}={value}" for key, value in lever["keys"].items())
+        yield f"{lever['name']}: {size(lever['saves'])} less, {lever['verdict']} ({keys})"
 
 
 def _checkpoints(section: Mapping[str, Any]) -> Iterator[str]:
