@@ -18,10 +18,10 @@ from runner.findings import Findings
 from runner.manifest import Job
 from runner.plan import geometry
 from runner.planning import memory, numbers, words
-from runner.planning.ask import ask
 from runner.planning.store import check_room, check_store
 from runner.settings import Resolved
 from runner.supervisor import fetch, identity, result
+from runner.supervisor.ask import ask
 from runner.supervisor.direct import grace_seconds
 from runner.supervisor.fetching import fetched
 from runner.supervisor.notices import Notices
