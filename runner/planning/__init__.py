@@ -6,7 +6,7 @@
     verb        the order of things
     numbers     steps, checkpoints, grace, time and price: arithmetic, pure
     store       whether the run's place keeps its conditions and lets us write
-    ask         the process that imports torch
+    memory      bytes on a device, what fits, and the levers
     words       the document as lines
 
 No GPU, no weights, no torch in this process; nothing is left behind but what was fetched.

@@ -8,6 +8,7 @@ attempts       one trainer after another, each from the newest checkpoint
 attempt        one trainer: its folder, its ranks, how it ended in words
 seen, remains  what it said while it ran, and what it left
 world          how many processes this machine gives a job, and how they share the model
+choice, ask    the strategy that `auto` takes, and what only torch knows of a job
 environment    what they find in their environment
 notices        what asks a run to stop
 ranks, shim    child processes: started so that they cannot outlive us, watched until they are gone
