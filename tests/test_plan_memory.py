@@ -45,12 +45,12 @@ def test_what_fits_has_no_levers() -> None:
 
 
 def test_auto_is_counted_for_the_largest_size_that_surely_fits() -> None:
-    auto = {"training": {"per_device_train_batch_size": "auto"}}
-    small, large = section(auto, "T4"), section(auto, "H200")
+    auto = merged(FULL, {"training": {"per_device_train_batch_size": "auto"}})
+    small, large = section(auto, "L40S"), section(auto, "H200")
     assert small["verdict"] == large["verdict"] == "fits"
     assert small["per_device"] < large["per_device"]
     twice = merged(auto, {"training": {"per_device_train_batch_size": 2 * small["per_device"]}})
-    assert section(twice, "T4")["verdict"] != "fits"
+    assert section(twice, "L40S")["verdict"] != "fits"
 
 
 def test_without_a_type_it_says_which_it_fits() -> None:
