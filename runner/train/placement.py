@@ -31,6 +31,9 @@ STAGES: dict[Strategy, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
 SHARDED: tuple[Strategy, ...] = ("zero3", "fsdp2")
 """Each process holds a part of the weights: a forward is a collective."""
 
+SHARED_MEMORY = "deepspeed_shm_comm"
+"""Name of DeepSpeed's operator that is compiled when it is first used."""
+
 ENGINES: dict[Strategy, tuple[DistributedType, str]] = {
     "ddp": (DistributedType.MULTI_GPU, "DistributedDataParallel"),
     "zero1": (DistributedType.DEEPSPEED, "DeepSpeedEngine"),
@@ -102,9 +105,20 @@ def whole(built: TrainingArguments) -> Iterator[None]:
 
 
 def prepare(plan: Plan) -> None:
-    """After TrainingArguments, before the trainer: make a CPU shard where accelerate (1.15) would run DDP."""
-    if plan.strategy == "fsdp2" and device().type == "cpu":
+    """After TrainingArguments, before the trainer, on a CPU: shard where accelerate (1.15) would run DDP, and
+    compile nothing.
+
+    DeepSpeed (0.19) builds its reduction for processes that share memory in a cache of the user's; a rank
+    that is killed meanwhile leaves a lock there that all later ones wait for. Gloo reduces instead.
+    """
+    if device().type != "cpu":
+        return
+    if plan.strategy == "fsdp2":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    elif plan.strategy in STAGES:
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
 
 
 def engine(trainer: Trainer) -> dict[str, Any]:
