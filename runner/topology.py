@@ -1,4 +1,4 @@
-"""Which node of a run this machine is, and where node 0 listens. Pure: variables and a host name in, data out.
+"""Which node of a run this machine is, and where node 0 listens. Pure: variables and a host name in.
 
 The first row whose index is set decides; RUNNER_LEADER names the leader instead of any of them. An empty
 variable counts as one that is not set.
@@ -6,10 +6,10 @@ variable counts as one that is not set.
     source        index                       count                      leader
     explicit      RUNNER_NODE_RANK            -                          RUNNER_LEADER=host[:port]
     torchrun      PET_NODE_RANK               PET_NNODES                 PET_MASTER_ADDR:PET_MASTER_PORT
-    indexed job   JOB_COMPLETION_INDEX        -                          own host name, its index replaced by 0
+    indexed job   JOB_COMPLETION_INDEX        -                          own host name, with index 0
     aws batch     AWS_BATCH_JOB_NODE_INDEX    AWS_BATCH_JOB_NUM_NODES    ..._MAIN_NODE_PRIVATE_IPV4_ADDRESS
-    slurm         SLURM_NODEID                SLURM_NNODES               first host of SLURM_STEP_NODELIST, else of
-                                                                         SLURM_JOB_NODELIST
+    slurm         SLURM_NODEID                SLURM_NNODES               first of SLURM_STEP_NODELIST, without
+                                                                         it of SLURM_JOB_NODELIST
 
     launch.nodes    what is set                                        answer
     1               anything                                           node 0, 127.0.0.1
@@ -22,7 +22,7 @@ variable counts as one that is not set.
     2               the same with PET_NNODES=4 or 1:4                  refused: launch.nodes is 2
     2               the same with RUNNER_LEADER=b                      node 1, b:29400
     2               JOB_COMPLETION_INDEX=1 on t-1.s.n.svc              node 1, t-0.s.n.svc:29400
-    2               JOB_COMPLETION_INDEX=1 on t-1                      refused: no headless service, no address
+    2               JOB_COMPLETION_INDEX=1 on t-1                      refused: it is in no headless service
     2               JOB_COMPLETION_INDEX=1 on t-7.s.n.svc              refused: the name does not end with -1
     3               AWS main node 1, this is node 1                    node 0, its own host name
     3               AWS main node 1, this is node 0, main at 10.0.0.9  node 1, 10.0.0.9:29400
@@ -37,7 +37,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
 
 from runner.errors import JobError, Problem
 
@@ -45,16 +44,13 @@ PORT = 29400
 """Where a leader listens unless something says another: torchrun's own default for its rendezvous."""
 
 _HOST = re.compile(r"[^\s\[\]/@,:]+")
-_HOST_AND_PORT = re.compile(
-    r"(?:\[(?P<six>[0-9a-fA-F:.%\w]+)\]|(?P<host>[^\s\[\]/@,:]+))(?::(?P<port>[0-9]+))?"
-)
+_HOST_AND_PORT = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[^\s\[\]/@,:]+))(?::(?P<port>[0-9]+))?")
 _IPV6 = re.compile(r"[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F.]*")
 
 _WAYS = (
-    "RUNNER_NODE_RANK and RUNNER_LEADER=host:port on every node; or start it as torchrun's launchers do "
-    "(PET_NODE_RANK, PET_NNODES, PET_MASTER_ADDR; Kubeflow Trainer sets them), as an Indexed Job of Kubernetes with "
-    "a headless service, as a multi-node job of AWS Batch, or under srun; docs/nodes.md has an example of each; "
-    "or set launch.nodes to 1"
+    "RUNNER_NODE_RANK and RUNNER_LEADER=host:port on every node; or start them as Kubeflow Trainer does "
+    "(PET_NODE_RANK, PET_NNODES, PET_MASTER_ADDR), as an Indexed Job of Kubernetes with a headless service, "
+    "as a multi-node job of AWS Batch, or under srun (docs/nodes.md shows each); or set launch.nodes to 1"
 )
 
 
@@ -67,8 +63,8 @@ class Topology:
     count: int
     """Nodes."""
     address: str
-    """Host name or IP address of node 0. Node 0's own is a name that it gives itself: what the others reach it
-    by is known when they have connected (`runner.supervisor.link.Leader.address`)."""
+    """Host name or IP address of node 0. On AWS Batch node 0 knows only its own host name; what the others
+    reach it by is known when they have connected (`runner.supervisor.link.Leader.address`)."""
     port: int
     """TCP port that node 0 listens on."""
     source: str
@@ -91,7 +87,9 @@ def topology(environ: Mapping[str, str], nodes: int, hostname: str) -> Topology:
     for variable, read in _SOURCES.items():
         if variable in place.environ:
             return read(place)
-    place.refuse("environment", f"{nodes} nodes, and nothing says which of them this is", f"set {_WAYS}")
+    raise place.refusal(
+        "environment", f"{nodes} nodes, and nothing says which of them this is", f"set {_WAYS}"
+    )
 
 
 @dataclass(frozen=True)
@@ -102,15 +100,17 @@ class _Place:
     nodes: int
     hostname: str
 
-    def refuse(self, where: str, reason: str, remedy: str) -> NoReturn:
-        raise JobError([Problem("launch.nodes", reason, remedy, where)])
+    def refusal(self, where: str, reason: str, remedy: str) -> JobError:
+        return JobError([Problem("launch.nodes", reason, remedy, where)])
 
     def number(self, variable: str, most: int) -> int:
         """A whole number from 0."""
         text = self.environ.get(variable, "")
         if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > most:
             what = f"{text!r} is no number from 0 to {most}" if text else "it is not set"
-            self.refuse(f"environment {variable}", what, f"set it as docs/nodes.md says, or set {_WAYS}")
+            raise self.refusal(
+                f"environment {variable}", what, f"set it as docs/nodes.md says, or set {_WAYS}"
+            )
         return int(text)
 
     def index(self, variable: str) -> int:
@@ -119,9 +119,9 @@ class _Place:
     def same_count(self, variable: str) -> None:
         text = self.environ.get(variable, "")
         if text != str(self.nodes):
-            self.refuse(
+            raise self.refusal(
                 f"environment {variable}",
-                f"launch.nodes is {self.nodes}, and this job was started on {text or 'an unknown number of'} nodes",
+                f"launch.nodes is {self.nodes}, and it was started on {text or 'an unknown number of'} nodes",
                 "make both the same; a run whose nodes come and go while it trains is not supported",
             )
 
@@ -135,7 +135,9 @@ class _Place:
             address, port = self._leader(leader)
         if address is None or not (_HOST.fullmatch(address) or _IPV6.fullmatch(address)):
             said = missing if address is None else f"{address!r} is no host name or IP address"
-            self.refuse(source, said, "set RUNNER_LEADER=host:port on every node, host being that of node 0")
+            raise self.refusal(
+                source, said, "set RUNNER_LEADER=host:port on every node, host being that of node 0"
+            )
         return Topology(index, self.nodes, address, port, source)
 
     def _leader(self, text: str) -> tuple[str, int]:
@@ -144,7 +146,7 @@ class _Place:
         found = _HOST_AND_PORT.fullmatch(text)
         port = PORT if found is None or found["port"] is None else int(found["port"])
         if found is None or not 0 < port < 1 << 16:
-            self.refuse(
+            raise self.refusal(
                 "environment RUNNER_LEADER",
                 f"{text!r} is no host and port",
                 "write the host of node 0, as gpu003, gpu003:29400, 10.0.0.9 or [fd00::9]:29400",
@@ -167,7 +169,7 @@ def _torchrun(place: _Place) -> Topology:
 
 
 def _indexed_job(place: _Place) -> Topology:
-    """`<job>-<index>.<headless service>.<namespace>.svc...`: the host names that an Indexed Job gives its pods."""
+    """`<job>-<index>.<service>.<namespace>.svc.<cluster>`: the host names of an Indexed Job's pods."""
     index = place.index("JOB_COMPLETION_INDEX")
     host, dot, domain = place.hostname.partition(".")
     stem, address = host.removesuffix(f"-{index}"), None
@@ -202,7 +204,7 @@ def _slurm(place: _Place) -> Topology:
     index = place.index("SLURM_NODEID")
     place.same_count("SLURM_NNODES")
     if place.environ.get("SLURM_LOCALID", "0") != "0":
-        place.refuse(
+        raise place.refusal(
             "environment SLURM_LOCALID",
             "this is not the first task on its node, and one supervisor starts all processes of a node",
             "start one task on each node: srun --ntasks-per-node=1 runner train JOB",
