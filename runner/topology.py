@@ -43,7 +43,7 @@ from runner.errors import JobError, Problem
 PORT = 29400
 """Where a leader listens unless something says another: torchrun's own default for its rendezvous."""
 
-_HOST = re.compile(r"[^\s\[\]/@,:]+")
+_HOST = re.compile(r"[^\s\[\]/@,:.]{1,63}(\.[^\s\[\]/@,:.]{1,63})*\.?")
 _HOST_AND_PORT = re.compile(r"(?:\[(?P<six>[0-9a-fA-F:.]+)\]|(?P<host>[^\s\[\]/@,:]+))(?::(?P<port>[0-9]+))?")
 _IPV6 = re.compile(r"[0-9a-fA-F]*:[0-9a-fA-F:.]*:[0-9a-fA-F.]*")
 
