@@ -228,6 +228,7 @@ class Leader:
             return
         peer.node, peer.longest = hello.node, LONGEST
         peer.send({"say": "welcome"})
+        peer.flush()  # who has joined knows it
         address = _plain(peer.sock.getsockname()[0])
         joined: Message = {"say": "joined", "processes": hello.processes, "address": address}
         self._mail.deliver(Said(hello.node, joined))
