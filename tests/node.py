@@ -1,4 +1,6 @@
-"""One node as a process, which tests talk to over a connection of their own: JSON, one object at a time.
+"""Nodes as processes, which tests talk to over a connection of their own: JSON, one object at a time.
+
+`python -m tests.node FD` forks them as a test asks for them: importing takes longer than what they do.
 
 Node 0 sends what a test gives it, and ends when the test closes the connection; it tells what it hears. Any
 other node follows it as the runner does, with a rank that is a line of Python, and nothing to fetch.
@@ -9,7 +11,9 @@ from __future__ import annotations
 import json
 import os
 import select
+import socket
 import sys
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -19,9 +23,10 @@ from runner.errors import DataError, RunnerError
 from runner.manifest import Job
 from runner.plan import Fetched, Plan
 from runner.supervisor.fetch import Answer, Request
-from runner.supervisor.follow import GroupEnd, Share, follow, pause
+from runner.supervisor.follow import GroupEnd, follow, pause
 from runner.supervisor.hello import Hello, job_hashes
 from runner.supervisor.link import Leader
+from runner.supervisor.order import Share
 from runner.supervisor.ranks import Notices, watch
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.uplink import Uplink
@@ -100,17 +105,20 @@ def fetcher(asked: dict[str, Any], say: Say) -> Callable[..., Answer]:
     return fetched
 
 
-def main(asked: dict[str, Any], test: Connection) -> None:
-    """The process; leaves with the exit code of the node."""
+def node(asked: dict[str, Any], test: Connection) -> int:
+    """One node. Returns its exit code."""
 
     def say(**what: Any) -> None:
         test.send_bytes(json.dumps(what).encode())
 
     try:
-        sys.exit(lead(asked, test, say) if asked["node"] == 0 else follower(asked, say))
+        if asked["node"] != 0:
+            return follower(asked, say)
+        lead(asked, test, say)
+        return 0
     except RunnerError as error:
         say(error=str(error))
-        sys.exit(error.exit_code)
+        return error.exit_code
 
 
 def follower(asked: dict[str, Any], say: Say) -> int:
@@ -119,6 +127,7 @@ def follower(asked: dict[str, Any], say: Say) -> int:
         Notices() as notices,
         Uplink(hello(asked), "127.0.0.1", asked["port"], notices.wake, asked["patience"], PULSE) as uplink,
     ):
+        say(begun=True)
         return follow(
             asked["node"],
             uplink,
@@ -128,3 +137,35 @@ def follower(asked: dict[str, Any], say: Say) -> int:
             run_group=rank(asked, notices, say),
             line=lambda text: say(line=text),
         )
+
+
+def forge(control: socket.socket) -> None:
+    """Fork nodes until the test is gone.
+
+    test     {"node": ...} and a connection    start a node and talk to it there     -> its process
+             {"wait": process}                 wait for its end                      -> its exit code
+    """
+    while True:
+        data, fds, _, _ = socket.recv_fds(control, 1 << 16, 1)
+        if not data:
+            return
+        asked = json.loads(data)
+        if "wait" in asked:
+            answer = os.waitstatus_to_exitcode(os.waitpid(asked["wait"], 0)[1])
+        elif answer := os.fork():
+            os.close(fds[0])
+        else:
+            control.close()
+            code = 70
+            try:
+                code = node(asked, Connection(fds[0]))
+            except:
+                traceback.print_exc()
+                raise
+            finally:
+                os._exit(code)
+        control.send(json.dumps(answer).encode())
+
+
+if __name__ == "__main__":
+    forge(socket.socket(fileno=int(sys.argv[1])))

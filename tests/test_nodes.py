@@ -6,8 +6,12 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +19,48 @@ import pytest
 
 from runner.manifest import Job
 from runner.plan import Fetched, Geometry, Plan
-from runner.supervisor.follow import Order
-from tests import node
+from runner.supervisor.order import Order
 from tests.small_job import SMALL
 
+ROOT = Path(__file__).parents[1]
 PAUSE = "signal.pause()"
 
-FORGE = multiprocessing.get_context("forkserver")
-FORGE.set_forkserver_preload(["tests.node"])
+
+class Forge:
+    """The process that all nodes of this file are forked from."""
+
+    def __init__(self) -> None:
+        self._control, there = socket.socketpair()
+        with there:
+            os.set_inheritable(there.fileno(), True)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.node", str(there.fileno())], cwd=ROOT, pass_fds=[there.fileno()]
+            )
+
+    def start(self, asked: dict[str, Any], connection: Connection) -> int:
+        socket.send_fds(self._control, [json.dumps(asked).encode()], [connection.fileno()])
+        return int(self._control.recv(100))
+
+    def wait(self, process: int) -> int:
+        self._control.settimeout(15)
+        self._control.send(json.dumps({"wait": process}).encode())
+        return int(self._control.recv(100))
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait()
 
 
 class Node:
-    """One process of tests/node.py, and what it tells. Forked: importing takes longer than most of these tests."""
+    """One process of tests/node.py, and what it tells."""
 
-    def __init__(self, folder: Path, **asked: Any) -> None:
+    def __init__(self, forge: Forge, folder: Path, **asked: Any) -> None:
         asked = {"nodes": 2, "port": 0, "folder": str(folder), "rank": PAUSE, "patience": 30.0} | asked
-        self._connection, there = FORGE.Pipe()
-        self.process = FORGE.Process(target=node.main, args=(asked, there))
-        self.process.start()
-        there.close()
+        self._connection, there = multiprocessing.Pipe()
+        with there:
+            self.pid = forge.start(asked, there)
+        self._forge = forge
+        self._code: int | None = None
 
     def hear(self, key: str, value: Any = None) -> dict[str, Any]:
         """The next that it tells with a key, and a value if one is given."""
@@ -47,37 +74,44 @@ class Node:
         self._connection.send_bytes(json.dumps(message).encode())
 
     def kill(self, number: signal.Signals) -> None:
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        os.kill(self.pid, number)
 
-    def stop(self) -> int | None:
+    def stop(self) -> int:
         """Ask node 0 to end."""
         self._connection.close()
         return self.ends()
 
-    def ends(self) -> int | None:
+    def ends(self) -> int:
         """Its exit code, once it has ended by itself."""
-        self.process.join(15)
-        return self.process.exitcode
+        if self._code is None:
+            self._code = self._forge.wait(self.pid)
+        return self._code
 
     def close(self) -> None:
         self._connection.close()
-        self.process.kill()
-        self.process.join()
-        self.process.close()
+        if self._code is None:
+            self.kill(signal.SIGKILL)
+            self.ends()
+
+
+@pytest.fixture(scope="module")
+def forge() -> Iterator[Forge]:
+    forge = Forge()
+    yield forge
+    forge.close()
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Node]]:
+def start(forge: Forge, tmp_path: Path) -> Iterator[Callable[..., Node]]:
     nodes: list[Node] = []
 
     def make(**asked: Any) -> Node:
-        nodes.append(Node(tmp_path, **asked))
+        nodes.append(Node(forge, tmp_path, **asked))
         return nodes[-1]
 
     yield make
-    for node in nodes:
-        node.close()
+    for one in nodes:
+        one.close()
 
 
 @pytest.fixture
@@ -217,7 +251,7 @@ def test_another_job_is_refused_and_ends_with_78(start: Callable[..., Node]) -> 
     assert "remedy: give every node the same file" in error
     assert follower.ends() == 78
     assert "differs" in leader.hear("say", "stranger")["reason"]
-    assert leader.process.is_alive()
+    assert leader.stop() == 0
 
 
 def test_nodes_may_come_before_node_0_and_outlive_none(start: Callable[..., Node]) -> None:
@@ -243,6 +277,17 @@ def test_a_node_that_finds_no_node_0_ends(start: Callable[..., Node]) -> None:
     error = follower.hear("error")["error"]
     assert f"connect to node 0 at 127.0.0.1 port {port}: Connection refused" in error
     assert follower.ends() == 1
+
+
+def test_a_notice_before_node_0_has_answered_ends_a_node(start: Callable[..., Node]) -> None:
+    leader = start(node=0)
+    port = leader.hear("port")["port"]
+    assert leader.stop() == 0
+    follower = start(node=1, port=port)
+    follower.hear("begun")
+    follower.kill(signal.SIGTERM)
+    assert "SIGTERM: before node 0" in follower.hear("error")["error"]
+    assert follower.ends() == 75
 
 
 def test_a_notice_goes_to_node_0_and_the_ranks_go_on_until_the_end(pair: tuple[Node, Node]) -> None:
@@ -292,7 +337,8 @@ def test_what_cannot_be_fetched_is_reported_with_its_exit_code(start: Callable[.
     leader.send(**order(1))
     ended = leader.hear("say", "ended")
     assert (ended["outcome"]["exit_code"], ended["exit"]) == (65, "rows.jsonl: it is not there")
-    assert follower.process.is_alive()
+    leader.send(say="finished", outcome="failed", exit_code=65, error="as node 1 said")
+    assert follower.ends() == 65
 
 
 def test_other_local_files_than_those_of_node_0_are_reported(pair: tuple[Node, Node]) -> None:

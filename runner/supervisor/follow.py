@@ -11,23 +11,19 @@
     refused                  ends with 78
     unreachable              ends with 1
 
-A notice is told to node 0, which asks the run to save and stop, and says `finished` when that is committed; a
-second one ends this node at once. This node never talks to the run's store. What it keeps lies in a folder of
-its own, because `runs/` may be shared between nodes.
+A notice is told to node 0, which asks the run to save and stop, and says `finished` when that is committed. A
+second one, or one before node 0 has answered, ends this node at once. This node never talks to the run's store.
+What it keeps lies in a folder of its own, because `runs/` may be shared between nodes.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import select
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-from pydantic import ConfigDict, Field, TypeAdapter
-from pydantic.dataclasses import dataclass as checked_dataclass
+from typing import Any
 
 from runner.durable import disk
 from runner.errors import (
@@ -44,6 +40,7 @@ from runner.errors import (
 )
 from runner.plan import Plan
 from runner.supervisor.fetch import Answer, Request
+from runner.supervisor.order import Order, Share, ordered, share
 from runner.supervisor.ranks import TICK, Notices
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.uplink import Uplink
@@ -56,42 +53,6 @@ _BY_CODE: dict[int, type[RunnerError]] = {
 }
 
 _ALL = 1 << 16
-
-
-@checked_dataclass(frozen=True, config=ConfigDict(extra="ignore"))
-class Order:
-    """One attempt, as node 0 asks the others for it: `attempt` of `runner.supervisor.wire`."""
-
-    attempt: int
-    plan: Plan
-    """With the paths of node 0. `restore`, `adapter` and `reference` are read by rank 0 alone and stay."""
-    pins: dict[str, str]
-    """Commits to fetch (`runner.supervisor.fetch.Request`)."""
-    fingerprints: dict[str, str]
-    """Of what is local on node 0 (`runner.supervisor.fetch.Answer`)."""
-    processes: list[Annotated[int, Field(ge=1)]]
-    """Ranks of each node, by its index."""
-    address: str
-    port: int
-    """Where the ranks meet: rank 0 listens there."""
-
-    def message(self) -> Message:
-        return {"say": "attempt", **_ORDER.dump_python(self, mode="json")}
-
-
-_ORDER: TypeAdapter[Order] = TypeAdapter(Order)
-
-
-@dataclass(frozen=True)
-class Share:
-    """The ranks of one node."""
-
-    first_rank: int
-    """Of the whole world; the node's others follow it."""
-    processes: int
-    address: str
-    port: int
-    """Where all ranks meet."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +73,6 @@ Fetch = Callable[[Request, Look], Answer]
 
 RunGroup = Callable[[Plan, Share, Look, Callable[[str], bool]], GroupEnd]
 """Takes `on_tick` and `on_notice` as `runner.supervisor.ranks.watch` does."""
-
-
-def share(order: Order, node: int) -> Share:
-    """The ranks of a node: they are numbered node by node."""
-    return Share(sum(order.processes[:node]), order.processes[node], order.address, order.port)
 
 
 def follow(
@@ -177,6 +133,7 @@ class _Node:
         """The attempt that may run."""
         self._killed: str | None = None
         """Why node 0 wants the ranks of `_order` gone."""
+        self._welcome = False
         self._progressed = False
         self._told = False
         self._end: RunnerError | int | None = None
@@ -242,22 +199,27 @@ class _Node:
 
     def _look(self) -> str | None:
         """Hear node 0, tell it of a notice. Returns why nothing may run now; None: it may."""
-        if self._notices.first is not None and not self._told:
+        for message in self._uplink.received():
+            self._take(message)
+        if self._notices.first is not None and not self._welcome:
+            self._ends(
+                Preempted(f"{self._notices.first}: before node 0 had answered; the same command goes on")
+            )
+        elif self._notices.first is not None and not self._told:
             self._told = True
             self._uplink.send({"say": "notice", "reason": f"{self._notices.first} on node {self._node}"})
             self._line(f"{self._notices.first}: node 0 saves and stops the run; a second one stops at once")
         if self._notices.hurry:
             self._ends(Preempted("a second notice: this node stopped at once; the same command goes on"))
-        for message in self._uplink.received():
-            self._take(message)
         return self._killed if self._end is None else "the command ends"
 
     def _take(self, message: Message) -> None:
         match message["say"]:
             case "welcome":
+                self._welcome = True
                 self._line(f"node {self._node} follows {self._uplink}")
             case "attempt":
-                self._order, self._killed = _ORDER.validate_json(json.dumps(message)), None
+                self._order, self._killed = ordered(message), None
             case "start":
                 self._started = message["attempt"]
             case "end" if self._order is not None and message["attempt"] == self._order.attempt:

@@ -75,7 +75,7 @@ class Leader:
         wake: called when there is something new for `received`.
 
     Raises:
-        RunnerError, AccessDenied: the port cannot be listened on.
+        RunnerError: the port cannot be listened on.
     """
 
     def __init__(self, hello: Hello, port: int, wake: Callable[[], None], pulse: Pulse = PULSE) -> None:

@@ -1,7 +1,7 @@
 """The link of a node that follows to node 0: connects again and again, says hello, then carries messages.
 
 The other side, and what both say, is in `runner.supervisor.link` and `runner.supervisor.wire`. What its
-thread adds to the messages of node 0: `unreachable` (reason), when patience ends, and `lost` (reason).
+thread adds to the messages of node 0: `lost` (reason), and `unreachable` (reason), the last that it says.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from runner.supervisor.wire import LINGER, PATIENCE, PULSE, Connection, Lost, Ma
 RETRY = 1.0
 """Seconds between two tries to connect."""
 
-CONNECT = 10.0
+CONNECT = 5.0
 """Seconds that one of them may take."""
 
 
@@ -80,20 +80,23 @@ class Uplink:
     def _serve(self) -> None:
         until = time.monotonic() + self._patience
         why = "there was no time to try"
-        while not self._mail.closing.is_set() and time.monotonic() < until:
-            try:
-                # An address of its own for each try: a name moves with its pod.
-                with socket.create_connection(self._place, timeout=CONNECT) as sock:
-                    connection = Connection(sock, self._pulse)
-                    if self._admitted(connection):
-                        self._carry(connection)
-                    return
-            except OSError as error:
-                why = error.strerror or str(error)
-            except Lost as lost:
-                why = str(lost)
-            self._mail.closing.wait(RETRY)
-        self._mail.deliver({"say": "unreachable", "reason": why})
+        try:
+            while not self._mail.closing.is_set() and time.monotonic() < until:
+                try:
+                    # The name is looked up for each try: it moves with its pod.
+                    with socket.create_connection(self._place, timeout=CONNECT) as sock:
+                        connection = Connection(sock, self._pulse)
+                        if self._admitted(connection):
+                            self._carry(connection)
+                        return
+                except OSError as error:
+                    why = error.strerror or str(error)
+                except Lost as lost:
+                    why = str(lost)
+                self._mail.closing.wait(RETRY)
+        finally:
+            # In any case, so that nobody waits for a thread that is gone; what was said before counts.
+            self._mail.deliver({"say": "unreachable", "reason": why})
 
     def _admitted(self, connection: Connection) -> bool:
         """Whether node 0 takes this node.
