@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from runner.errors import JobError
 from runner.topology import PORT, first_host, topology
+
+ROOT = Path(__file__).parents[1]
 
 TORCH = {"PET_NODE_RANK": "1", "PET_NNODES": "2", "PET_MASTER_ADDR": "a"}
 BATCH = {"AWS_BATCH_JOB_NUM_NODES": "3", "AWS_BATCH_JOB_MAIN_NODE_INDEX": "1"}
@@ -117,3 +122,17 @@ def test_a_refusal_names_place_reason_and_remedy(
 )
 def test_the_first_host_of_a_slurm_list(hosts: str, first: str) -> None:
     assert first_host(hosts) == first
+
+
+def test_the_page_says_what_the_code_reads() -> None:
+    """Every variable in docs/nodes.md, the port, and the command lines of its example."""
+    named = r"(?:RUNNER_NODE|RUNNER_LEADER|PET|JOB_COMPLETION|AWS_BATCH|SLURM)[A-Z0-9_]*"
+    page, code = ((ROOT / path).read_text("utf-8") for path in ("docs/nodes.md", "runner/topology.py"))
+    read = set(re.findall(rf'"({named})"', code))
+    assert read - {"SLURM_LOCALID"} == set(re.findall(rf"\b({named})\b", page))
+    assert f"port {PORT}" in page
+    by_hand = re.findall(r"^RUNNER_NODE_RANK=(\d) RUNNER_LEADER=(\S+) runner", page, re.MULTILINE)
+    for index, (rank, leader) in enumerate(by_hand):
+        found = topology({"RUNNER_NODE_RANK": rank, "RUNNER_LEADER": leader}, 2, "here")
+        assert (found.index, found.address) == (index, "gpu003")
+    assert len(by_hand) == 2

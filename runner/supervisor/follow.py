@@ -11,9 +11,9 @@
     refused                  ends with 78
     unreachable              ends with 1
 
-A notice is told to node 0, which asks the run to save and stop, and says `finished` when that is committed. A
-second one, or one before node 0 has answered, ends this node at once. This node never talks to the run's store.
-What it keeps lies in a folder of its own, because `runs/` may be shared between nodes.
+A notice is told to node 0, which asks the run to save and stop, and says `finished` when that is committed.
+A second one, or one before node 0 has answered, ends this node at once. This node never talks to the run's
+store. What it keeps lies in a folder of its own, because `runs/` may be shared between nodes.
 """
 
 from __future__ import annotations
