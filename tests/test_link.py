@@ -156,8 +156,10 @@ def _closed(sock: socket.socket) -> bool:
 
 
 def test_silent_strangers_do_not_keep_a_node_out(leader: Leader) -> None:
-    strangers = [socket.create_connection(("127.0.0.1", leader.port)) for _ in range(2 * STRANGERS)]
+    strangers = [socket.create_connection(("127.0.0.1", leader.port)) for _ in range(STRANGERS + 2)]
     joins(leader)
+    strangers[0].settimeout(2)
+    assert _closed(strangers[0])  # the oldest, for one more
     for stranger in strangers:
         stranger.close()
 
@@ -265,6 +267,20 @@ def test_a_word_ends_silence_and_sleep_is_none(sockets: tuple[socket.socket, soc
         connection.tick()
     sockets[1].sendall(b'dy", "attempt": 3}\n')
     assert connection.receive() == [{"say": "ready", "attempt": 3}]
+
+
+def test_last_words_arrive_beside_unread_ones(sockets: tuple[socket.socket, socket.socket]) -> None:
+    """A socket that is closed with unread bytes resets its connection, and may take from the other what it
+    was sent."""
+    sockets[1].sendall(b'{"say": "beat"}\n')
+    connection = Connection(sockets[0], PULSE)
+    connection.send({"say": "progress", "step": 4})
+    connection.finish()  # too early: not all is sent
+    connection.flush()
+    connection.finish()
+    assert sockets[1].recv(100) == b'{"say": "progress", "step": 4}\n'
+    assert sockets[1].recv(100) == b""
+    sockets[1].sendall(b'{"say": "beat"}\n')
 
 
 def test_beats_are_sent_while_nothing_is_said(sockets: tuple[socket.socket, socket.socket]) -> None:

@@ -320,11 +320,17 @@ def test_end_kills_the_ranks_and_the_next_attempt_runs(pair: tuple[Node, Node]) 
     leader.send(say="end", attempt=1, reason="node 2 is lost")
     assert leader.hear("say", "ended")["exit"] == "SIGKILL by its supervisor: node 2 is lost"
     assert gone(rank)
+    run(leader, follower, attempt=2)
     leader.send(say="end", attempt=1, reason="said too late")
-    [rank] = run(leader, follower, attempt=2)
-    os.kill(rank, 0)
-    leader.send(**order(3))  # before the ranks of attempt 2 are gone
+    time.sleep(0.3)  # so that they do not come at once
     leader.send(say="end", attempt=2, reason="no")
+    assert leader.hear("say", "ended")["exit"] == "SIGKILL by its supervisor: no"
+    run(leader, follower, attempt=3)
+    leader.send(**order(4))
+    assert leader.hear("say", "ended")["exit"].endswith("node 0 asks for another attempt")
+    assert leader.hear("say", "ready")["attempt"] == 4
+    leader.send(say="start", attempt=4)
+    rank = follower.hear("rank")["rank"]
     assert leader.stop() == 0
     assert follower.ends() == 1
     assert gone(rank)

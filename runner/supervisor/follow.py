@@ -152,13 +152,17 @@ class _Node:
 
     def _attempt(self, order: Order) -> None:
         number = order.attempt
+
+        def look() -> str | None:
+            return self._look() or (None if self._order is order else "node 0 asks for another attempt")
+
         try:
-            plan = self._plan(order)
+            plan = self._plan(order, look)
             self._uplink.send({"say": "ready", "attempt": number})
-            while (why := self._look()) is None and self._started != number:
+            while (why := look()) is None and self._started != number:
                 pause(self._notices)
             if why is None:
-                end = self._run_group(plan, share(order, self._node), self._look, lambda reason: False)
+                end = self._run_group(plan, share(order, self._node), look, lambda reason: False)
             else:
                 end = GroupEnd(f"not started: {why}", None)
         except RunnerError as error:
@@ -169,11 +173,11 @@ class _Node:
         if self._order is order:
             self._order = None
 
-    def _plan(self, order: Order) -> Plan:
+    def _plan(self, order: Order, look: Look) -> Plan:
         """The plan with the paths of this machine, and what it names fetched."""
         if self._answer is None:
             request = Request(job=order.plan.job, train=order.plan.purpose == "train", pins=order.pins)
-            answer = self._fetched(request, self._look)
+            answer = self._fetched(request, look)
             other = sorted(
                 path
                 for path, print in order.fingerprints.items()
