@@ -7,6 +7,7 @@ plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)
 fetch/          what was asked of `runner.supervisor.fetch`, and its answer
 attempts/<n>/   one trainer each (`runner.supervisor.attempt`)
+nodes/<i>/      attempts of a node that follows node 0 (`runner.supervisor.follow`)
 outbox/         checkpoints that are published and not yet committed
 newest/         the newest committed checkpoint, for a restart on this machine
 checkpoints/    the store of a run that has no `checkpoints.uri` (`runner.checkpoint.folder`)
