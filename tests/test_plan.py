@@ -84,7 +84,7 @@ def test_a_recorded_size_holds_while_the_same_is_asked(
 
 def test_a_record_is_read_as_it_is_written() -> None:
     wanted = job(8, "auto")
-    assert recorded_size(wanted, batch_record(wanted, geometry(wanted, at_most=4))) == 4
+    assert recorded_size(wanted, batch_record(wanted, geometry(wanted, at_most=4), "single")) == 4
 
 
 def test_more_processes_make_a_size_smaller() -> None:
