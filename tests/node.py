@@ -26,8 +26,9 @@ from runner.supervisor.fetch import Answer, Request
 from runner.supervisor.follow import GroupEnd, follow, pause
 from runner.supervisor.hello import Hello, job_hashes
 from runner.supervisor.link import Leader
+from runner.supervisor.notices import Notices
 from runner.supervisor.order import Share
-from runner.supervisor.ranks import Notices, watch
+from runner.supervisor.ranks import Child, watch
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.uplink import Uplink
 from runner.supervisor.verdict import Outcome
@@ -80,9 +81,7 @@ def rank(asked: dict[str, Any], notices: Notices, say: Say) -> Callable[..., Gro
             "json.dumps({'event': 'rank', 'pid': os.getpid()}).encode() + b'\\n'); " + asked["rank"]
         )
         exit = watch(
-            [sys.executable, "-c", source],
-            environ=os.environ,
-            log=plan.attempt_dir / "log",
+            [Child([sys.executable, "-c", source], os.environ, plan.attempt_dir / "log")],
             notices=notices,
             on_event=began,
             on_notice=on_notice,

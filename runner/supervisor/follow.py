@@ -40,8 +40,9 @@ from runner.errors import (
 )
 from runner.plan import Plan
 from runner.supervisor.fetch import Answer, Request
+from runner.supervisor.notices import Notices
 from runner.supervisor.order import Order, Share, ordered, share
-from runner.supervisor.ranks import TICK, Notices
+from runner.supervisor.ranks import TICK
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.uplink import Uplink
 from runner.supervisor.verdict import Outcome

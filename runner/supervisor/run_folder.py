@@ -124,9 +124,9 @@ class RunFolder:
             yield None if known is None else f"{known}:{found.st_dev}:{found.st_ino}"
 
     def sweep(self) -> None:
-        """Delete what killed attempts had half written. Only for the owner, with no trainer alive."""
+        """Delete what attempts had half written, or copied. Only for the owner, with no trainer alive."""
         with disk("sweep the attempts", self.attempts):
-            for pattern in ("*/saving-*", "*/export"):
+            for pattern in ("*/saving-*", "*/export", "*/restored"):
                 for folder in self.attempts.glob(pattern):
                     shutil.rmtree(folder)
 
