@@ -146,10 +146,10 @@ class Team:
         """Why the ranks of node 0 have to be ended now; None: they go on."""
         self._hear()
         for node, reason in self._lost.items():
-            return f"node {node} is lost: {reason}"
+            return f"the loss of node {node}: {reason}"
         for node, end in self._ended.items():
             if not _well(end.outcome):
-                return f"node {node} ended with {end.exit}"
+                return f"node {node}: {end.exit}"
         return None
 
     def progress(self, step: int) -> None:
@@ -246,7 +246,7 @@ def together(ended: Ended, others: Mapping[int, GroupEnd], why: str | None, told
         for node, end in others.items()
         if not _well(end.outcome)
         and end.exit != told
-        and (said := f"node {node} ended with {end.exit}") not in ended.reason
+        and (said := f"node {node}: {end.exit}") not in ended.reason
     ]
     if not theirs:
         return ended
