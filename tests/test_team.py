@@ -170,6 +170,20 @@ def test_a_decision_of_another_node_ends_all_with_its_code(pair: Pair) -> None:
     assert pair.zero.result()["error"].startswith("node 1: ")
 
 
+def test_a_notice_on_one_node_stops_all_with_a_commit(pair: Pair, undisturbed: str) -> None:
+    zero, one = pair.start(at("step:3", "wait", rank=0))
+    pair.zero.wait_for(pair.zero.waiting(), zero)
+    one.send(signal.SIGTERM)
+    (first, output), (second, other) = zero.finish(), one.finish()
+    assert (first, second) == (75, 75), output + other
+    assert "SIGTERM on node 1: stopped at step 3 of 6" in output
+    assert "node 0 saves and stops the run" in other
+    assert pair.zero.head().newest.step == 3
+    codes, output = pair.train()
+    assert codes == (0, 0), output
+    assert pair.zero.weights() == undisturbed
+
+
 def test_a_node_that_is_lost_before_any_commit_ends_the_other_with_1(pair: Pair) -> None:
     zero, one = pair.start(at("step:1", "linger"))
     attempt = pair.one.run / "nodes" / "1" / "attempts" / "1"

@@ -1,13 +1,13 @@
 """Two nodes train one run: two commands on this machine, each with its own `--runs`, real trainers over gloo.
 
-The same pair is asked to stop, loses a node, and ends as one process does that nobody disturbed.
+The pair loses a node, goes on from its checkpoint, and ends as one process does that nobody disturbed. What
+takes no trainer to be seen is in tests/test_team.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +22,10 @@ import yaml
 from tests.attempts import JOB, merged, run, steps
 
 CHANGES: dict[str, Any] = {
-    "training": {"per_device_train_batch_size": 4, "num_train_epochs": 10},
+    "training": {"per_device_train_batch_size": 4, "num_train_epochs": 6},
     "checkpoints": {"save_steps": 2},
 }
-"""Twenty steps."""
+"""Twelve steps."""
 
 
 class Nodes:
@@ -45,7 +45,12 @@ class Nodes:
 
     def _node(self, index: int, leader: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "runner", "train", self._job, "--runs", self.runs(index)]
-        environ = {**os.environ, "RUNNER_NODE_RANK": str(index), "RUNNER_LEADER": leader}
+        environ = {
+            **os.environ,
+            "RUNNER_NODE_RANK": str(index),
+            "RUNNER_LEADER": leader,
+            "OMP_NUM_THREADS": "1",
+        }
         with self._log(index).open("ab") as log:
             process = subprocess.Popen(command, env=environ, stdout=log, stderr=log)
         self._processes.append(process)
@@ -95,19 +100,9 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
     nodes.close()
 
 
-def test_two_nodes_stop_lose_one_and_end_as_one_process_does(nodes: Nodes, tmp_path: Path) -> None:
+def test_two_nodes_lose_one_and_end_as_one_process_does(nodes: Nodes, tmp_path: Path) -> None:
     zero, one = nodes.start()
-    nodes.until(lambda: bool(nodes.events("step")))
-    one.send_signal(signal.SIGTERM)
-    assert (nodes.end(zero), nodes.end(one)) == (75, 75), nodes.said
-    assert "SIGTERM on node 1: stopped at step" in nodes.said
-    stopped = nodes.events("commit")[-1]["step"]
-    assert stopped == nodes.events("step")[-1]["step"] < 20
-    assert list(nodes.runs(1).rglob("outbox")) == []
-
-    commits = len(nodes.events("commit"))
-    zero, one = nodes.start()
-    nodes.until(lambda: len(nodes.events("commit")) > commits)
+    nodes.until(lambda: bool(nodes.events("commit")))
     one.kill()
     began = time.monotonic()
     assert nodes.end(zero) == 75, nodes.said
@@ -117,9 +112,9 @@ def test_two_nodes_stop_lose_one_and_end_as_one_process_does(nodes: Nodes, tmp_p
 
     zero, one = nodes.start()
     assert (nodes.end(zero, 120), nodes.end(one)) == (0, 0), nodes.said
-    assert nodes.events("attempt")[-1]["step"] > stopped
+    assert nodes.events("attempt")[-1]["step"] >= 2
     result = json.loads((nodes.runs(0) / "test" / "result.json").read_text())
-    assert (result["steps"], result["fidelity"], result["facts"]["geometry"]["world"]) == (20, "exact", 2)
+    assert (result["steps"], result["fidelity"], result["facts"]["geometry"]["world"]) == (12, "exact", 2)
     assert list(nodes.runs(1).rglob("restored")) == []
     record = (nodes.runs(0) / "test" / "steps.jsonl").read_text().splitlines()
     outcome, events = run(tmp_path / "alone", CHANGES)
