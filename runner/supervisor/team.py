@@ -166,6 +166,8 @@ class Team:
         told: str | None = None
         while self._others - self._ended.keys() - self._lost.keys():
             why = self.look() or (None if _well(ended.outcome) else ended.reason)
+            if self._notices.hurry:
+                why = why or "a second notice"
             if why is not None and told is None:
                 told = why
                 self._send({"say": "end", "attempt": self._attempt, "reason": why})
