@@ -1,12 +1,13 @@
 """The supervisor: `train` and `evaluate` on this machine, with one attempt at a time.
 
     lock -> open the store -> the same job? -> take the run -> done already? -> fetch -> restore
-    -> plan, spawn, ship what is published, watch -> verdict: once more | done | stop
+    -> other nodes are here -> plan, spawn, ship what is published, watch -> verdict: once more | done | stop
     -> result.json, and for a run that is done all that it ends with -> give the run back
 
 Everything on this machine lies in `runs/<name>/`; what counts is in the run's store. Exit codes other than 0
 are raised as exceptions (`runner.errors`), after result.json says the same. The parts are in
-`runner.supervisor`, the protocol of the store in `runner.checkpoint`.
+`runner.supervisor`, the protocol of the store in `runner.checkpoint`. Of several nodes this is what node 0
+does; the others follow it (`runner.supervisor.member`).
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from runner.durable import disk, write_text
-from runner.errors import RunnerError
+from runner.errors import Preempted, RunnerError
 from runner.events import EventLog
 from runner.job.resolved import resolved_yaml
 from runner.plan import Fetched, geometry
@@ -32,12 +34,16 @@ from runner.supervisor.direct import grace_seconds
 from runner.supervisor.evaluation import evaluate
 from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
+from runner.supervisor.follow import pause
 from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
+from runner.supervisor.member import member
 from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.run_folder import RunFolder
-from runner.supervisor.world import Machine, place
+from runner.supervisor.team import Team
+from runner.supervisor.world import Machine, place, processes
+from runner.topology import topology
 
 __all__ = ["evaluate", "train"]
 
@@ -56,6 +62,10 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
     machine = Machine.here(os.environ)
     placement = place(job, machine.gpus)
     geometry(job, placement.world)  # a size that cuts no global batch is told before anything is done
+    # A host's full name may take a look-up.
+    here = topology(os.environ, job.launch.nodes, socket.getfqdn() if job.launch.nodes > 1 else "")
+    if here.index > 0:
+        return member(job, (runs_dir / job.name).absolute(), here, machine, trainer)
     grace = grace_seconds(os.environ)
     folder = RunFolder((runs_dir / job.name).absolute())
     with (
@@ -63,9 +73,10 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         Notices(stop_file=folder.stop) as notices,
         contextlib.closing(Screen()) as screen,
         EventLog(folder.events) as log,
+        Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
         journal = Journal(log, screen, notices.wake)
-        attempts = Attempts(job, folder, notices, screen, journal, grace, trainer, machine, placement)
+        attempts = Attempts(job, folder, notices, screen, journal, grace, trainer, machine, placement, team)
         custody = Custody(
             job,
             folder,
@@ -76,7 +87,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
             memory_peak=lambda: attempts.seen.memory_peak,
         )
         with contextlib.closing(custody):
-            _Run(resolved, folder, notices, screen, journal, attempts, custody).train()
+            _Run(resolved, folder, notices, screen, journal, attempts, custody, team).train()
     return 0
 
 
@@ -92,6 +103,7 @@ class _Run:
         journal: Journal,
         attempts: Attempts,
         custody: Custody,
+        team: Team,
     ) -> None:
         self._resolved = resolved
         self._job = resolved.job
@@ -101,6 +113,7 @@ class _Run:
         self._journal = journal
         self._attempts = attempts
         self._custody = custody
+        self._team = team
 
     def train(self) -> None:
         try:
@@ -110,20 +123,26 @@ class _Run:
             answer = self._take(stored)
             if not self._custody.taken:
                 self._done_already()
+                self._team.dismiss(self._pause)
                 return
             with disk("write the job", self._folder.job):
                 write_text(self._folder.job, resolved_yaml(self._resolved))
             self._journal.say({"event": "start", "versions": identity.versions()})
-            sources = self._sources(stored or self._same_job(), answer)
+            stored, sources = self._sources(stored or self._same_job(), answer)
             self._custody.restore()
             self._custody.leftovers()
-            self._attempts.run(sources, self._custody)
+            self._attempts.run(sources, stored, self._custody)
             self._screen.close()
             self._finish()
         except RunnerError as error:
             self._screen.close()
             self._fail(error)
             raise
+
+    def _pause(self) -> None:
+        pause(self._notices)
+        if self._notices.first is not None:
+            raise Preempted(f"{self._notices.first}: waits for no other node")
 
     def _same_job(self) -> Identity | None:
         """The identity of the run, if it has begun; what changed since and may is said."""
@@ -148,7 +167,7 @@ class _Run:
         request = fetch.Request(job=self._job, train=True, pins={} if stored is None else stored.pins)
         return fetched(request, self._folder.fetch, self._notices, self._journal.say, look)
 
-    def _sources(self, stored: Identity | None, answer: Answer | None) -> Fetched:
+    def _sources(self, stored: Identity | None, answer: Answer | None) -> tuple[Identity, Fetched]:
         """Get the sources, and make sure that they are those that the run began with."""
         if answer is None:
             answer = self._fetched(stored, self._custody.glance)
@@ -165,7 +184,7 @@ class _Run:
         if other := identity.changed_versions(stored, now):
             self._journal.say({"event": "warning", "message": other})
         self._custody.mirror(stored)
-        return answer.fetched
+        return stored, answer.fetched
 
     # --- the end ---
 

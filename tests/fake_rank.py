@@ -2,7 +2,8 @@
 
     fake_rank.py '{"steps": 6, "save": 2, "faults": [{"at": "step:4", "attempt": 1, "how": "kill"}]}' PLAN
 
-Several are ranks: only the first writes checkpoints and events, and none goes on while another is missing.
+Several are ranks: only the first writes checkpoints, only the first of a machine events, and none goes on
+while another is missing.
 
 Its "training" is a chain of hashes, so that what it ends with says whether any step was lost or done twice.
 The script:
@@ -12,6 +13,7 @@ The script:
     step_seconds    of sleep in every step, 0 if absent
     frozen_bytes    of frozen.bin, a file that is the same in every checkpoint; 1000
     state_bytes     of state.bin, a file that depends on every step so far; 1000
+    meet            the folder where ranks of several machines meet; in the attempt's own if absent
     lifeline_only   whether only the pipe ends it when its supervisor dies, as where there is no Linux
 """
 
@@ -45,11 +47,11 @@ class Peers:
     All of them make the same calls in the same order, as with collectives.
     """
 
-    def __init__(self, attempt: Path, rank: int, world: int) -> None:
-        self._folder, self._rank, self._world = attempt / "peers", rank, world
+    def __init__(self, folder: Path, rank: int, world: int) -> None:
+        self._folder, self._rank, self._world = folder, rank, world
         self._calls = 0
         if world > 1:
-            self._folder.mkdir(exist_ok=True)
+            self._folder.mkdir(parents=True, exist_ok=True)
 
     def agree(self, word: str) -> str:
         """What the first of them says, when all are here."""
@@ -72,8 +74,10 @@ class Rank:
         self.steps: int = script["steps"]
         self.requests = Reader(self.folder)
         self.rank = int(os.environ.get("RANK", 0))
-        self.peers = Peers(self.folder, self.rank, int(os.environ.get("WORLD_SIZE", 1)))
-        fd = os.open(os.devnull, os.O_WRONLY) if self.rank else int(os.environ["RUNNER_EVENTS_FD"])
+        meet = Path(script["meet"], str(plan["attempt"])) if "meet" in script else self.folder / "peers"
+        self.peers = Peers(meet, self.rank, int(os.environ.get("WORLD_SIZE", 1)))
+        pipe = os.environ.get("RUNNER_EVENTS_FD")
+        fd = os.open(os.devnull, os.O_WRONLY) if pipe is None else int(pipe)
         self.events = os.fdopen(fd, "wb", buffering=0)
         self.faults = Faults(script.get("faults", []), plan, self.rank, self.events.write, self.end)
         self.value, self.done, self.parent = "", 0, None

@@ -25,6 +25,7 @@ from runner.supervisor.attempt import judged
 from runner.supervisor.batch import Batch
 from runner.supervisor.environment import PLACE, environs_of_ranks
 from runner.supervisor.notices import Notices
+from runner.supervisor.order import Share
 from runner.supervisor.ranks import Exit, end_of
 from runner.supervisor.result import Record
 from runner.supervisor.seen import Seen
@@ -148,6 +149,46 @@ def test_placement_table(
     assert (said is None and not placed.lines) or said in placed.lines
 
 
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "others", "world", "said"),
+    [
+        (2, 4, [4], 8, None),
+        (2, 4, [], 8, None),
+        (2, 4, [1], 2, "the nodes offer 4, 1 processes; each has as many as the others"),
+        (
+            2,
+            3,
+            [3],
+            4,
+            "6 processes cannot cut a global batch of 32 evenly; 4 are used (usable: 2, 4, 8, 16, ...)",
+        ),
+        (1, 4, [], 4, None),
+    ],
+)
+def test_placement_of_several_nodes(
+    nodes: int, gpus: int, others: list[int], world: int, said: str | None
+) -> None:
+    placed = place(job(nodes=nodes), gpus, others)
+    assert (placed.world, placed.strategy) == (world, "ddp")
+    assert placed.lines == (() if said is None else (said,))
+
+
+@pytest.mark.parametrize(
+    ("launch", "reason"),
+    [
+        (
+            {"nodes": 3},
+            "3 nodes cannot cut a global batch of 32 evenly\n    remedy: use one of 1, 2, 4, 8, 16, 32,",
+        ),
+        ({"nodes": 2, "strategy": "single"}, "strategy single is one process, and there are 2 nodes"),
+    ],
+)
+def test_nodes_that_no_batch_is_for_are_refused(launch: dict[str, Any], reason: str) -> None:
+    with pytest.raises(JobError) as error:
+        place(job(**launch), 1)
+    assert f"launch.nodes: {reason}" in str(error.value)
+
+
 # --- what each is told ---
 
 
@@ -190,6 +231,17 @@ def test_ranks_meet_at_a_free_port_and_share_the_cores() -> None:
         assert one["MASTER_PORT"] == ranks[0]["MASTER_PORT"]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(ranks[0]["MASTER_PORT"])))
+
+
+def test_ranks_of_another_machine_follow_those_of_node_0() -> None:
+    ranks = environs_of_ranks({}, 4, "ddp", CPU, Share(2, 2, "10.0.0.9", 7))
+    assert [(one["RANK"], one["LOCAL_RANK"]) for one in ranks] == [("2", "0"), ("3", "1")]
+    for one in ranks:
+        assert (one["WORLD_SIZE"], one["LOCAL_WORLD_SIZE"], one["OMP_NUM_THREADS"]) == ("4", "2", "4")
+        assert (one["MASTER_ADDR"], one["MASTER_PORT"]) == ("10.0.0.9", "7")
+        assert one["CUDA_VISIBLE_DEVICES"] == "0,1"
+    (one,) = environs_of_ranks({}, 2, "ddp", CPU, Share(1, 1, "10.0.0.9", 7))
+    assert (one["RANK"], one["LOCAL_RANK"], one["LOCAL_WORLD_SIZE"]) == ("1", "0", "1")
 
 
 def test_threads_that_are_set_stay_and_a_gpu_is_deepspeeds_own_choice() -> None:

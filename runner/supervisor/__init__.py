@@ -18,6 +18,9 @@ batch          the per-device size of a run's attempts
 verdict        what follows when a trainer ends: once more, done, or stop
 final          what a run ends with, as one folder
 evaluation     `runner evaluate`
+link, uplink   node 0 and the nodes that follow it; wire: what they say, hello: who may
+team           the other nodes, as the attempts of node 0 see them
+follow, order  what a node does that follows node 0, and what it is asked for; member: its command
 journal        what happens, told once: to the events, the record, the screen
 progress       what people see
 result         result.json, and the record that `HEAD` keeps

@@ -13,7 +13,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from runner.durable import disk, write_text
@@ -23,6 +23,7 @@ from runner.plan import Plan
 from runner.supervisor import cgroup, remains
 from runner.supervisor.environment import environs_of_ranks
 from runner.supervisor.notices import Notices
+from runner.supervisor.order import Share
 from runner.supervisor.ranks import Child, Exit, watch
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import Crash, Outcome
@@ -152,7 +153,7 @@ def judged(exit: Exit, left: Sequence[Outcome | None]) -> tuple[Exit, Outcome | 
     """
     found = exit.rank or 0
     if exit.rank is not None:
-        found = next((rank for rank in (found, *range(len(left))) if _is_cause(left[rank])), found)
+        found = next((rank for rank in (found, *range(len(left))) if is_cause(left[rank])), found)
     own = left[found]
     if own is None:
         return exit, None
@@ -162,7 +163,8 @@ def judged(exit: Exit, left: Sequence[Outcome | None]) -> tuple[Exit, Outcome | 
     return (exit if found == (exit.rank or 0) else Exit(own.exit_code, rank=found)), own
 
 
-def _is_cause(outcome: Outcome | None) -> bool:
+def is_cause(outcome: Outcome | None) -> bool:
+    """Whether an outcome says by itself why an attempt ended, whatever else went wrong."""
     if outcome is None:
         return False
     return outcome.outcome == OutOfMemory.outcome or (outcome.outcome == "failed" and outcome.exit_code != 1)
@@ -219,19 +221,22 @@ def run(
     on_event: Callable[[Event], None],
     on_notice: Callable[[str], bool],
     on_tick: Callable[[], str | None],
+    share: Share | None = None,
 ) -> Ended:
-    """Start a trainer on a plan, with all its ranks, and stay until it is gone. One that hangs, or fills the
-    memory, is ended.
+    """Start a trainer on a plan, with all its ranks here, and stay until it is gone. One that hangs, or fills
+    the memory, is ended.
 
     Args:
         environ: the supervisor's own.
         seen: kept up to date before each `on_event`.
         on_notice: asks the trainer to stop (`runner.request`), or returns True to end it.
         on_tick: a reason that it returns ends the trainer, too.
+        share: the ranks of this machine; None: all are here.
     """
     folder = plan.attempt_dir
     file, world = folder / "plan.json", plan.geometry.world
-    guard = _Guard(plan, seen, log_of(folder, 0), Watchdog())
+    first = 0 if share is None else share.first_rank
+    guard = _Guard(plan, seen, log_of(folder, first), Watchdog())
     with disk("write the plan", file):
         write_text(file, plan.model_dump_json(indent=2) + "\n")
 
@@ -241,11 +246,11 @@ def run(
         on_event(event)
 
     kills = cgroup.kills()
-    environs = environs_of_ranks(environ, world, plan.strategy, machine)
+    environs = environs_of_ranks(environ, world, plan.strategy, machine, share)
     exit = watch(
         [
             Child([*trainer, str(file)], its_own, log_of(folder, rank))
-            for rank, its_own in enumerate(environs)
+            for rank, its_own in enumerate(environs, start=first)
         ],
         notices=notices,
         on_event=note,
@@ -253,12 +258,15 @@ def run(
         on_tick=lambda: on_tick() or guard.look(),
     )
     unasked = exit.returncode == -signal.SIGKILL and exit.ended is None
-    exit, outcome = judged(exit, [remains.outcome(outcome_of(folder, rank)) for rank in range(world)])
+    left = [remains.outcome(outcome_of(folder, first + local)) for local in range(len(environs))]
+    exit, outcome = judged(exit, left)
+    if exit.rank is not None:
+        exit = replace(exit, rank=first + exit.rank)
     return Ended(
         exit,
         outcome,
         seen,
-        log_of(folder, exit.rank or 0),
+        log_of(folder, first if exit.rank is None else exit.rank),
         killed_for_memory=unasked and kills is not None and (cgroup.kills() or 0) > kills,
         ended_for_memory=exit.ended is not None and exit.ended == guard.for_memory,
     )

@@ -1,6 +1,7 @@
 """One trainer after another, until one finishes: each from the newest checkpoint that the store has.
 
-    restore -> plan -> spawn; what it publishes is shipped, what it says decides -> once more | done | stop
+    restore -> plan -> other nodes are ready
+    -> spawn; what it publishes is shipped, what it says decides -> once more | done | stop
 
 What a single attempt is stands in `runner.supervisor.attempt`, what follows from its end in `verdict`.
 """
@@ -23,14 +24,17 @@ from runner.supervisor.attempt import NEAR, Ended
 from runner.supervisor.batch import Batch
 from runner.supervisor.custody import Custody
 from runner.supervisor.direct import Director
+from runner.supervisor.follow import pause
+from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
 from runner.supervisor.notices import Notices
 from runner.supervisor.pace import Pace
 from runner.supervisor.progress import Screen
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
+from runner.supervisor.team import Team
 from runner.supervisor.verdict import History, Outcome, Restart, final_error
-from runner.supervisor.world import Machine, Placement
+from runner.supervisor.world import Machine, Placement, place
 
 
 class Attempts:
@@ -39,7 +43,8 @@ class Attempts:
     Args:
         grace: seconds from a notice until the machine is gone; None: unknown.
         trainer: the command that runs a plan.
-        placement: the processes of each attempt.
+        placement: the processes of each attempt, as far as this machine knows.
+        team: the other nodes, which say how many they offer.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Attempts:
         trainer: Sequence[str],
         machine: Machine,
         placement: Placement,
+        team: Team,
     ) -> None:
         self._job = job
         self._folder = folder
@@ -62,6 +68,7 @@ class Attempts:
         self._trainer = trainer
         self._machine = machine
         self._placement = placement
+        self._team = team
         self._batch = Batch(job, placement.world)
         self._pace = Pace(job.checkpoints.max_loss_seconds)
         self._director = Director(self._pace, grace, journal)
@@ -84,18 +91,21 @@ class Attempts:
         size = self.seen.per_device or self._cut.per_device
         return batch_record(self._job, recut(self._cut, size), self._placement.strategy)
 
-    def run(self, sources: Fetched, custody: Custody) -> None:
+    def run(self, sources: Fetched, identity: Identity, custody: Custody) -> None:
         """Start trainers until one finishes.
 
         Raises:
             RunnerError: one decided to stop, or was asked to, or they do not get on.
         """
+        others = self._team.gather(lambda: self._wait(custody))
+        self._placement = place(self._job, self._machine.gpus, others)
+        self._batch = Batch(self._job, self._placement.world)
         for line in self._placement.lines:
             self._journal.line(line)
         history = History()
         restart = self._after_predecessor(custody)
         while True:
-            plan, ended, progressed = self._attempt(sources, restart, custody)
+            plan, ended, progressed = self._attempt(sources, identity, restart, custody)
             self.outcome = ended.outcome
             if ended.outcome is not None:
                 final = final_error(ended.outcome)
@@ -108,6 +118,7 @@ class Attempts:
             if self._notices.first is not None:
                 how = f"the trainer ended {ended.seen.place} with {ended.reason}"
                 raise Preempted(self._stopped(how, custody))
+            self._team.check()
             self._journal.line(ended.message(self._journal.attempt))
             self._batch.note(ended.seen)
             if ended.out_of_memory:
@@ -117,7 +128,7 @@ class Attempts:
                 restart = history.decide(ended.crash(self._journal.attempt, progressed))
 
     def _attempt(
-        self, sources: Fetched, restart: Restart | None, custody: Custody
+        self, sources: Fetched, identity: Identity, restart: Restart | None, custody: Custody
     ) -> tuple[Plan, Ended, bool]:
         """One trainer, from the newest whole checkpoint: how it ended, and whether it left a newer one."""
         if self._notices.first is not None:
@@ -129,6 +140,7 @@ class Attempts:
         self._say_start(plan, restore, restart)
         custody.renew()  # the attempt's number and its cut are known before it can take the machine down
         before = custody.newest
+        share = self._team.begin(plan, identity, lambda: self._wait(custody))
         self._director.begin(plan.attempt_dir)
 
         def on_event(event: Event) -> None:
@@ -148,9 +160,10 @@ class Attempts:
             nothing_to_come = custody.shipper.idle  # before its commits are taken note of
             for entry, seconds in custody.shipper.committed():
                 self._pace.committed(entry, seconds)
+                self._team.progress(entry.step)
             if self.seen.phase == "wait" and nothing_to_come and self._pace.behind:
                 return "the checkpoint that it waits for was damaged before it was sent"
-            return self._director.look()
+            return self._team.look() or self._director.look()
 
         ended = attempt.run(
             plan,
@@ -162,9 +175,29 @@ class Attempts:
             on_event=on_event,
             on_notice=on_notice,
             on_tick=on_tick,
+            share=share,
         )
+        ended = self._team.finish(ended, lambda: self._linger(custody))
         custody.offer_rest(self.deadline)
+        if custody.newest is not None and custody.newest != before:
+            self._team.progress(custody.newest.step)
         return plan, ended, custody.newest != before
+
+    def _linger(self, custody: Custody) -> None:
+        """Wait for other nodes, for a moment, and let a notice be."""
+        pause(self._notices)
+        self._screen.tick()
+        custody.glance()
+
+    def _wait(self, custody: Custody) -> None:
+        """Wait for other nodes, for a moment, with no trainer at work.
+
+        Raises:
+            Preempted: asked to stop.
+        """
+        self._linger(custody)
+        if self._notices.first is not None:
+            raise Preempted(self._stopped("before a trainer was started", custody))
 
     def _planned(self, sources: Fetched, restore: Sealed | None, custody: Custody) -> Plan:
         number, folder = attempt.new_folder(self._folder.attempts, self._journal.record.attempts)

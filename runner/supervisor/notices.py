@@ -38,14 +38,15 @@ class Notices:
     ) -> None:
         self._apart = apart
         self._clock = clock
-        self._at = 0.0
+        self._at: float | None = None
+        """When the first of this machine came."""
         self._old: dict[int, Any] = {}
         self._stop_file = stop_file
         self._write: int | None = None
         self._guard = threading.Lock()
         """Of `_write`: a number that was closed may be somebody else's by now."""
         self.first: str | None = None
-        """What asked to stop: the name of a signal, or `stop file <path>`."""
+        """What asked to stop: the name of a signal, `stop file <path>`, or what another machine said."""
         self.hurry = False
 
     def __enter__(self) -> Self:
@@ -79,6 +80,11 @@ class Notices:
             if self._write is not None:
                 os.write(self._write, b"\0")
 
+    def hear(self, what: str) -> None:
+        """Take a notice of another machine. It hurries nobody, nor does the first of this machine after it:
+        all machines of a run are asked to stop at about the same time."""
+        self.first = self.first or what
+
     def poll(self) -> None:
         """Look for the stop file, and take it. `watch` does so at every tick."""
         path = self._stop_file
@@ -99,7 +105,7 @@ class Notices:
 
     def _note(self, what: str) -> None:
         now = self._clock()
-        if self.first is None:
-            self.first, self._at = what, now
+        if self._at is None:
+            self.first, self._at = self.first or what, now
         elif now - self._at >= self._apart:
             self.hurry = True

@@ -7,6 +7,7 @@ plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)
 fetch/          what was asked of `runner.supervisor.fetch`, and its answer
 attempts/<n>/   one trainer each (`runner.supervisor.attempt`)
+nodes/<i>/      attempts of a node that follows node 0 (`runner.supervisor.follow`)
 outbox/         checkpoints that are published and not yet committed
 newest/         the newest committed checkpoint, for a restart on this machine
 checkpoints/    the store of a run that has no `checkpoints.uri` (`runner.checkpoint.folder`)
@@ -123,9 +124,9 @@ class RunFolder:
             yield None if known is None else f"{known}:{found.st_dev}:{found.st_ino}"
 
     def sweep(self) -> None:
-        """Delete what killed attempts had half written. Only for the owner, with no trainer alive."""
+        """Delete what attempts had half written, or copied. Only for the owner, with no trainer alive."""
         with disk("sweep the attempts", self.attempts):
-            for pattern in ("*/saving-*", "*/export"):
+            for pattern in ("*/saving-*", "*/export", "*/restored"):
                 for folder in self.attempts.glob(pattern):
                     shutil.rmtree(folder)
 

@@ -1,7 +1,7 @@
-"""How many processes an attempt has on this machine, and how they share the model. Pure, but for
-`Machine.here`.
+"""How many processes an attempt has, on this machine and on others, and how they share the model. Pure, but
+for `Machine.here`.
 
-    visible GPUs, launch.gpus_per_node -> processes that there may be
+    visible GPUs, launch.gpus_per_node -> processes that there may be on a machine; on each as many
     training.global_batch_size         -> the largest world of these that cuts it evenly
     launch.strategy                    -> how they share the model
 
@@ -14,7 +14,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -80,8 +80,8 @@ class Placement:
     """What a person should know of it: where it is not what was asked for."""
 
 
-def place(job: Job, gpus: int) -> Placement:
-    """Place a job on a machine.
+def place(job: Job, gpus: int, others: Sequence[int] = ()) -> Placement:
+    """Place a job on its machines.
 
         strategy    GPUs    global    per device    world    said
         auto        0       32        auto          1        -
@@ -92,19 +92,40 @@ def place(job: Job, gpus: int) -> Placement:
         single      4       32        auto          1        -
         zero2       1       32        auto          1        zero2 with one process is single
 
+        nodes    GPUs here    others    global    world    said
+        2        4            4         32        8        -
+        2        4            1         32        2        nodes offer 4, 1 processes; each has as many
+        2        3            3         32        4        6 cannot cut 32; the usable ones
+        3        1            1, 1      32        -        refused: 3 nodes cannot cut 32
+        2        4            4         32        -        refused, with strategy single
+
     Args:
         gpus: that are visible.
+        others: processes that each other node offers; empty before they have said it, which is enough for
+            what is refused.
 
     Raises:
-        JobError: `launch.gpus_per_node` is more than there are.
+        JobError: `launch.gpus_per_node` is more than there are, or no world is a multiple of `launch.nodes`.
     """
-    asked = job.launch.strategy
-    most = 1 if asked == "single" else processes(job, gpus)
-    usable = worlds(job)
+    asked, nodes = job.launch.strategy, job.launch.nodes
+    if asked == "single" and nodes > 1:
+        raise _refused(f"strategy single is one process, and there are {nodes} nodes", "use launch.nodes: 1")
+    offers = [1 if asked == "single" else processes(job, gpus), *others]
+    most = nodes * min(offers)
+    usable = [count for count in worlds(job) if count % nodes == 0]
+    if nodes > 1 and not usable:
+        raise _refused(
+            f"{nodes} nodes cannot cut a global batch of {job.training.global_batch_size} evenly",
+            f"use one of {', '.join(map(str, worlds(job))) or 1}, or another training.global_batch_size",
+        )
     # Where no world is usable, the size of a micro-batch cuts no global batch: `geometry` says so.
     world = max((count for count in usable if count <= most), default=1)
     strategy = strategy_of(job, world)
     lines = []
+    if len(set(offers)) > 1:
+        lines.append(
+            f"the nodes offer {', '.join(map(str, offers))} processes; each has as many as the others"
+        )
     if world < most and usable:
         size = job.training.per_device_train_batch_size
         rows = f" of {size} rows" if isinstance(size, int) and job.training.sorts else ""
@@ -116,6 +137,10 @@ def place(job: Job, gpus: int) -> Placement:
     if asked not in ("auto", strategy):
         lines.append(f"strategy {asked} with one process is single")
     return Placement(world, strategy, tuple(lines))
+
+
+def _refused(reason: str, remedy: str) -> JobError:
+    return JobError([Problem("launch.nodes", reason, remedy)])
 
 
 def processes(job: Job, gpus: int) -> int:

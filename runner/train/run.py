@@ -22,7 +22,7 @@ from trl import DPOConfig, SFTConfig
 from runner.durable import write_text
 from runner.errors import OutOfMemory, Preempted, RunnerError
 from runner.plan import Plan, total_steps
-from runner.train import gathering, methods, placement, preparation, probe, state
+from runner.train import copies, gathering, methods, placement, preparation, probe, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.audit import audit
@@ -58,6 +58,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
         RunnerError: the job, the data or the device does not do.
     """
     _reproducible()
+    plan = copies.brought(plan)
     prepared = _prepare(plan, channel)
     _stop_here(channel, "before training")
     arguments = methods.arguments(plan, _steps(plan, prepared))

@@ -286,6 +286,8 @@ def load_rng(folder: Path, seed: int) -> None:
     """
     values, rank = _values(folder), world().rank
     with _reading(folder, STATE):
+        if not isinstance(values["rng"], list):
+            raise TypeError("the generators' states are no list")
         saved = len(values["rng"])
     if rank >= saved:
         step = load_steps(folder)[-1].step

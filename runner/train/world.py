@@ -33,19 +33,29 @@ class World:
     size: int
     local_rank: int
     """Counts on this machine, from 0: the number of its GPU."""
+    local_size: int
+    """Processes on this machine."""
 
     @property
     def first(self) -> bool:
         """Whether it decides and writes."""
         return self.rank == 0
 
+    @property
+    def beside_first(self) -> bool:
+        """Whether it runs on rank 0's machine, which has the run's files."""
+        return self.rank == self.local_rank
+
 
 def world() -> World:
     """This process, as the environment says."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, 0)
-    return World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+        return World(0, 1, 0, 1)
+    rank, local_rank, local_size = (
+        int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    return World(rank, size, local_rank, local_size)
 
 
 def device() -> torch.device:
