@@ -18,10 +18,11 @@ from runner.durable import disk, write_text
 from runner.errors import Preempted
 from runner.events import Event
 from runner.manifest import Job
-from runner.plan import Fetched, Geometry, Plan, batch_record, changes, recut
+from runner.plan import Fetched, Geometry, Plan, batch_record, changes, geometry, recut
 from runner.supervisor import attempt
 from runner.supervisor.attempt import NEAR, Ended
 from runner.supervisor.batch import Batch
+from runner.supervisor.choice import capacity, chosen
 from runner.supervisor.custody import Custody
 from runner.supervisor.direct import Director
 from runner.supervisor.follow import pause
@@ -98,7 +99,7 @@ class Attempts:
             RunnerError: one decided to stop, or was asked to, or they do not get on.
         """
         others = self._team.gather(lambda: self._wait(custody))
-        self._placement = place(self._job, self._machine.gpus, others)
+        self._placement = self._placed(sources, others)
         self._batch = Batch(self._job, self._placement.world)
         for line in self._placement.lines:
             self._journal.line(line)
@@ -126,6 +127,17 @@ class Attempts:
                 restart = self._batch.shrink(plan.geometry, ended)
             else:
                 restart = history.decide(ended.crash(self._journal.attempt, progressed))
+
+    def _placed(self, sources: Fetched, others: Sequence[int]) -> Placement:
+        """The processes, and where it is left to the runner the strategy that their memory asks for."""
+        placed = place(self._job, self._machine.gpus, others)
+        cut = geometry(self._job, placed.world)
+        has = capacity() if self._machine.gpus else None
+        choice = chosen(self._job, cut, sources, self._folder.fetch, self._notices, has)
+        if choice is None:
+            return placed
+        line = f"strategy {choice.strategy}: {choice.reason}"
+        return Placement(placed.world, choice.strategy, (*placed.lines, line))
 
     def _attempt(
         self, sources: Fetched, identity: Identity, restart: Restart | None, custody: Custody
