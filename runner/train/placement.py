@@ -22,8 +22,9 @@ from accelerate.utils import DistributedType
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from runner.errors import RunnerError
+from runner.errors import DataError, RunnerError
 from runner.plan import Plan, Strategy
+from runner.train.data.rows import Rows
 from runner.train.world import device
 
 STAGES: dict[Strategy, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -105,6 +106,40 @@ def prepare(plan: Plan) -> None:
     """After TrainingArguments, before the trainer: make a CPU shard where accelerate (1.15) would run DDP."""
     if plan.strategy == "fsdp2" and device().type == "cpu":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+
+def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
+    """Refuse rows without an image where a process that has none in its batch leaves the others waiting.
+
+        strategy                 freeze                     rows that may not be text among rows with images
+        single                   any                        -
+        ddp, zero1, zero2        vision_tower, projector    -
+        ddp, zero1, zero2        less                       train: the gradients of both are summed over all
+        zero3, fsdp2             any                        train, eval: their weights are gathered by all
+
+    Raises:
+        DataError: there are such rows.
+    """
+    if plan.strategy == "single":
+        return
+    training = [part for part in ("vision_tower", "projector") if part not in plan.job.model.freeze]
+    sharded = plan.strategy in SHARDED
+    if sharded:
+        reason = "a part of it is on every process, and all have to take part in every forward of its tower"
+        remedy = "launch.strategy: ddp, or only rows with images"
+    else:
+        reason = f"{' and '.join(training)} would train, whose gradients all have to sum in every step"
+        remedy = f"model.freeze: [vision_tower, projector], launch.strategy: single, or only rows with images"
+    for name, rows in (("train", train), ("eval", evaluation if sharded else None)):
+        if rows is None or not (sharded or training):
+            continue
+        counts = rows.dataset.with_format("numpy", columns=["image_count"])["image_count"][:]
+        if counts.any() and not counts.all():
+            first = rows.dataset[int((counts == 0).argmax())]["row"]
+            raise DataError(
+                f"datasets.{name}: {first} has no image and others have, which launch.strategy "
+                f"{plan.strategy} cannot mix: {reason}. Remedy: {remedy}"
+            )
 
 
 def engine(trainer: Trainer) -> dict[str, Any]:

@@ -139,6 +139,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
         if job.datasets.eval:
             at_most = None if job.evaluation is None else job.evaluation.max_samples
             eval_rows = load_rows(job.datasets.eval, plan.fetched.eval, name="eval", max_samples=at_most)
+    placement.check_rows(plan, train_rows, eval_rows)
     for rows in (train_rows, eval_rows):
         for row, reason in () if rows is None else rows.skipped:
             channel.send("warning", message=f"{row} is skipped: {reason}")
@@ -209,7 +210,8 @@ def _trainer(
     job = plan.job
     reference = None
     if job.method == "dpo" and job.lora is None:
-        reference = _start_of(plan).requires_grad_(False)
+        with placement.whole(arguments):
+            reference = _start_of(plan).requires_grad_(False)
     keeps_reference = adapter.keeps_reference(job)
     with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
         trainer = methods.trainer(
