@@ -129,7 +129,7 @@ def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
         remedy = "launch.strategy: ddp, or only rows with images"
     else:
         reason = f"{' and '.join(training)} would train, whose gradients all have to sum in every step"
-        remedy = f"model.freeze: [vision_tower, projector], launch.strategy: single, or only rows with images"
+        remedy = "model.freeze: [vision_tower, projector], launch.strategy: single, or only rows with images"
     for name, rows in (("train", train), ("eval", evaluation if sharded else None)):
         if rows is None or not (sharded or training):
             continue
