@@ -109,6 +109,10 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         {"launch": {"strategy": "fsdp2"}, "lora": {}, "quantization": {"load_in_8bit": True}},
         ("quantization", "load_in_8bit"),
     ),
+    (
+        {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}, "quantization": BITS},
+        ("lora", "use_dora"),
+    ),
     ({"launch": {"strategy": "fsdp2"}}, ("launch", "strategy")),
     ({"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["lm_head"]}}, ("launch", "strategy")),
 ]
@@ -168,6 +172,8 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"launch": {"strategy": "zero3"}, "training": {"optim": "lion_32bit"}},
     {"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["embed_tokens"]}, "model": HALF},
     {"launch": {"strategy": "zero3"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
+    {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}},
+    {"launch": {"strategy": "fsdp2"}, "lora": {"use_dora": True}, "quantization": BITS},
     {"launch": {"strategy": "ddp"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
     # Left to the runner, none of it is refused.
     {"launch": {"strategy": "auto"}, "training": {"optim": "adamw_bnb_8bit"}},

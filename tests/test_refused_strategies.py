@@ -36,6 +36,7 @@ def attempt(
         ("fsdp2", {"training": {"optim": "adafactor"}}, "DTensor"),
         ("fsdp2", {"training": {"optim": "lion_32bit"}}, "does not have a sharding strategy"),
         ("fsdp2", {"quantization": {"load_in_8bit": True}}, "has no attribute 'CB'"),
+        ("zero3", {"quantization": {"load_in_8bit": True}, "lora": {"use_dora": True}}, "ds_status"),
     ],
 )
 def test_upstream_fails_at_what_the_matrix_refuses(
@@ -43,7 +44,7 @@ def test_upstream_fails_at_what_the_matrix_refuses(
 ) -> None:
     outcome, _ = attempt(tmp_path, strategy, changes)
     assert outcome["outcome"] == "failed" and error in outcome["error"], outcome
-    job, findings = check({**SMALL, **changes, "lora": {}, "launch": {"strategy": strategy}}, {})
+    job, findings = check({**SMALL, "lora": {}, **changes, "launch": {"strategy": strategy}}, {})
     assert job is None and len(findings) == 1
 
 

@@ -126,7 +126,8 @@ def test_deepspeed_keeps_its_partitions_where_they_are_looked_for(monkeypatch: p
     assert "self.optimizer.param_groups[param_group_id]['params'] = [fp32_param]" in late
     link = DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state
     assert list(inspect.signature(link).parameters) == ["self"]
-    assert "self.optimizer.state" in inspect.getsource(link)
+    source = inspect.getsource(link)
+    assert "self.optimizer.state" in source and "if not self._hp_optimizer_states_linked:" in source
     assert "self._lazy_init_hp_params_optimizer_state()" in early
     for name, arguments in {
         "safe_get_full_fp32_param": ["param"],

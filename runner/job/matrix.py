@@ -69,6 +69,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         zero1, zero2, zero3, fsdp2   x optim with a state of another shape   cannot be saved, or not resumed
         fsdp2                        x optim of bitsandbytes                 PyTorch raises
         zero1, zero2, zero3          x model.dtype: float16                  gradients overflow, silently
+        zero3                        x use_dora, quantized                   PEFT raises
         fsdp2                        x load_in_8bit                          bitsandbytes raises
         fsdp2                        x lora: null, modules_to_save: lm_head  wrong gradients, silently
     """

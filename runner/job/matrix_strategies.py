@@ -39,6 +39,10 @@ def split(
     if strategy in ZERO and model.get("dtype") == "float16":
         reason = f"{strategy} has no loss scaler, without which float16 gradients overflow"
         yield Finding(("model", "dtype"), reason, "use bfloat16, or launch.strategy: ddp")
+    quantized = any(quantization.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
+    if strategy == "zero3" and quantized and lora is not None and lora.get("use_dora") is True:
+        reason = "DoRA takes the norm of whole weights, and PEFT cannot gather quantized ones under zero3"
+        yield Finding(("lora", "use_dora"), reason, "remove it, or use launch.strategy: zero2")
     if strategy == "fsdp2":
         yield from _fsdp2(quantization, lora)
 
