@@ -84,6 +84,7 @@ ALL, MIXED, NONE = (1, 2), (1, 0, 2), (0, 0)
         ("ddp", [], MIXED, ALL, "train"),
         ("zero1", ["vision_tower"], MIXED, ALL, "train"),
         ("zero2", ["projector"], MIXED, ALL, "train"),
+        ("ddp", [], NONE, ALL, "train"),
         ("ddp", [], ALL, MIXED, None),
         ("ddp", ["vision_tower", "projector"], MIXED, MIXED, None),
         ("zero2", ["vision_tower", "projector"], MIXED, MIXED, None),
@@ -104,7 +105,7 @@ def test_text_among_rows_with_images(
     if refused is None:
         check_rows(plan, rows(*train), rows(*evaluation))
         return
-    with pytest.raises(DataError, match=rf"datasets\.{refused}: row 1 has no image.*Remedy: "):
+    with pytest.raises(DataError, match=rf"datasets\.{refused}: row [01] has no image.*Remedy: "):
         check_rows(plan, rows(*train), rows(*evaluation))
 
 

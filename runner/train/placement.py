@@ -111,11 +111,12 @@ def prepare(plan: Plan) -> None:
 def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
     """Refuse rows without an image where a process that has none in its batch leaves the others waiting.
 
-        strategy                 freeze                     rows that may not be text among rows with images
-        single                   any                        -
-        ddp, zero1, zero2        vision_tower, projector    -
-        ddp, zero1, zero2        less                       train: the gradients of both are summed over all
-        zero3, fsdp2             any                        train, eval: their weights are gathered by all
+        strategy             freeze                     refused
+        single               any                        -
+        ddp, zero1, zero2    vision_tower, projector    -
+        ddp, zero1, zero2    less                       in train: their gradients are summed by all
+        zero3, fsdp2         any                        in train or eval, among rows with images: the
+                                                        weights are gathered by all
 
     Raises:
         DataError: there are such rows.
@@ -134,11 +135,11 @@ def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
         if rows is None or not (sharded or training):
             continue
         counts = rows.dataset.with_format("numpy", columns=["image_count"])["image_count"][:]
-        if counts.any() and not counts.all():
+        if not counts.all() and (counts.any() or not sharded):
             first = rows.dataset[int((counts == 0).argmax())]["row"]
             raise DataError(
-                f"datasets.{name}: {first} has no image and others have, which launch.strategy "
-                f"{plan.strategy} cannot mix: {reason}. Remedy: {remedy}"
+                f"datasets.{name}: {first} has no image, and launch.strategy: {plan.strategy} needs one in "
+                f"every row: {reason}. Remedy: {remedy}"
             )
 
 
