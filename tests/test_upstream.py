@@ -11,6 +11,8 @@ import trl.kernels.chunked_logprob
 import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
 from transformers.integrations.deepspeed import (
     HfDeepSpeedConfig,
@@ -98,6 +100,15 @@ def test_a_cpu_shards_where_accelerate_takes_it_for_an_xpu() -> None:
     sharding = source[: source.index("self.distributed_type = DistributedType.FSDP")]
     listed = sharding[sharding.rindex("elif self.distributed_type in [") :]
     assert "DistributedType.MULTI_XPU" in listed and "DistributedType.MULTI_CPU" not in listed
+
+
+def test_a_precision_policy_of_ours_stands() -> None:
+    """`runner.train.placement.prepare` puts one where accelerate makes its own only if there is none."""
+    assert "FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)" in inspect.getsource(Trainer)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy is policy and policy.output_dtype is None
 
 
 def test_transformers_takes_every_model_for_partitioned_under_one_global_configuration() -> None:

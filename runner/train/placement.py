@@ -19,12 +19,14 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from runner.errors import DataError, RunnerError
 from runner.plan import Plan, Strategy
 from runner.train.data.rows import Rows
+from runner.train.models.model import DTYPES
 from runner.train.world import device
 
 STAGES: dict[Strategy, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -102,9 +104,20 @@ def whole(built: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(built.hf_deepspeed_config)
 
 
-def prepare(plan: Plan) -> None:
-    """After TrainingArguments, before the trainer: make a CPU shard where accelerate (1.15) would run DDP."""
-    if plan.strategy == "fsdp2" and device().type == "cpu":
+def prepare(plan: Plan, built: TrainingArguments) -> None:
+    """After TrainingArguments, before the trainer: what they have no field for under fsdp2.
+
+    What a module returns stays as it is: accelerate (1.15) would round the loss to the model's type. And a
+    CPU shards where accelerate would run DDP.
+    """
+    if plan.strategy != "fsdp2":
+        return
+    if built.mixed_precision != "no":
+        # Gradients are summed in the same type: in another, PyTorch (2.13) fails at the tower, which takes no
+        # part in the backward pass.
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.job.model.dtype])
+        built.fsdp_plugin_args["mixed_precision_policy"] = policy
+    if device().type == "cpu":
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
 
 
