@@ -113,6 +113,14 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}, "quantization": BITS},
         ("lora", "use_dora"),
     ),
+    (
+        {
+            "launch": {"strategy": "fsdp2"},
+            "lora": {},
+            "quantization": {**BITS, "bnb_4bit_quant_storage": "float32"},
+        },
+        ("quantization", "bnb_4bit_quant_storage"),
+    ),
     ({"launch": {"strategy": "fsdp2"}}, ("launch", "strategy")),
     ({"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["lm_head"]}}, ("launch", "strategy")),
 ]
@@ -173,6 +181,11 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["embed_tokens"]}, "model": HALF},
     {"launch": {"strategy": "zero3"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
     {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}},
+    {
+        "launch": {"strategy": "fsdp2"},
+        "lora": {},
+        "quantization": {**BITS, "bnb_4bit_quant_storage": "bfloat16"},
+    },
     {"launch": {"strategy": "fsdp2"}, "lora": {"use_dora": True}, "quantization": BITS},
     {"launch": {"strategy": "ddp"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
     # Left to the runner, none of it is refused.

@@ -36,6 +36,14 @@ def attempt(
         ("fsdp2", {"training": {"optim": "adafactor"}}, "DTensor"),
         ("fsdp2", {"training": {"optim": "lion_32bit"}}, "does not have a sharding strategy"),
         ("fsdp2", {"quantization": {"load_in_8bit": True}}, "has no attribute 'CB'"),
+        (
+            "fsdp2",
+            {
+                "model": {"dtype": "bfloat16"},
+                "quantization": {"load_in_4bit": True, "bnb_4bit_quant_storage": "float32"},
+            },
+            "is invalid for input of size",
+        ),
         ("zero3", {"quantization": {"load_in_8bit": True}, "lora": {"use_dora": True}}, "ds_status"),
     ],
 )
@@ -44,7 +52,10 @@ def test_upstream_fails_at_what_the_matrix_refuses(
 ) -> None:
     outcome, _ = attempt(tmp_path, strategy, changes)
     assert outcome["outcome"] == "failed" and error in outcome["error"], outcome
-    job, findings = check({**SMALL, "lora": {}, **changes, "launch": {"strategy": strategy}}, {})
+    model = {**SMALL["model"], **changes.get("model", {})}
+    job, findings = check(
+        {**SMALL, "lora": {}, **changes, "model": model, "launch": {"strategy": strategy}}, {}
+    )
     assert job is None and len(findings) == 1
 
 

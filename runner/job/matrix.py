@@ -70,6 +70,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         fsdp2                        x optim of bitsandbytes                 PyTorch raises
         zero1, zero2, zero3          x model.dtype: float16                  gradients overflow, silently
         zero3                        x use_dora, quantized                   PEFT raises
+        fsdp2                        x bnb_4bit_quant_storage: other floats  packed weights would be cast
         fsdp2                        x load_in_8bit                          bitsandbytes raises
         fsdp2                        x lora: null, modules_to_save: lm_head  wrong gradients, silently
     """

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from runner.job.cells import Section, texts
+from runner.job.matrix_adapters import FLOATS
 from runner.job.shape import Finding
 
 ZERO = ("zero1", "zero2", "zero3")
@@ -44,10 +45,14 @@ def split(
         reason = "DoRA takes the norm of whole weights, and PEFT cannot gather quantized ones under zero3"
         yield Finding(("lora", "use_dora"), reason, "remove it, or use launch.strategy: zero2")
     if strategy == "fsdp2":
-        yield from _fsdp2(quantization, lora)
+        yield from _fsdp2(model.get("dtype", "bfloat16"), quantization, lora)
 
 
-def _fsdp2(quantization: Section, lora: Section | None) -> Iterator[Finding]:
+def _fsdp2(dtype: object, quantization: Section, lora: Section | None) -> Iterator[Finding]:
+    stored = quantization.get("bnb_4bit_quant_storage")
+    if stored in FLOATS and dtype not in ("float32", stored):
+        reason = f"fsdp2 casts floats to model.dtype ({dtype}), and these are no numbers but packed weights"
+        yield Finding(("quantization", "bnb_4bit_quant_storage"), reason, f"remove it, or use {dtype}")
     if quantization.get("load_in_8bit") is True:
         reason = "fsdp2 replaces the weights by its own, which lose what 8-bit ones are scaled by"
         yield Finding(("quantization", "load_in_8bit"), reason, "use load_in_4bit, or launch.strategy: zero3")
