@@ -27,6 +27,9 @@ from runner.plan import Fetched, Plan, Strategy, geometry
 
 ROOT = Path(__file__).parents[1]
 
+ZERO: tuple[Strategy, ...] = ("zero1", "zero2", "zero3")
+"""DeepSpeed's, which finds no accelerator and has to be told that it runs on CPUs."""
+
 JOB: dict[str, Any] = {
     "name": "test",
     "method": "sft",
@@ -148,10 +151,18 @@ def run(
 
 
 def run_ranks(
-    folder: Path, changes: dict[str, Any], strategy: Strategy, world: int, **fields: Any
+    folder: Path,
+    changes: dict[str, Any],
+    strategy: Strategy,
+    world: int,
+    on_event: Callable[[Event], object] = lambda event: None,
+    **fields: Any,
 ) -> tuple[dict[str, Any], list[Event]]:
     """One attempt in `world` processes under a strategy, as the supervisor starts them: the outcome and the
     events of rank 0. The first that ends badly ends the others.
+
+    Args:
+        on_event: takes each event when it comes, as the supervisor would.
     """
     plan = planned(folder, changes, **fields)
     cut = geometry(plan.job, world)
@@ -161,7 +172,9 @@ def run_ranks(
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     shared = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
-    shared |= {"MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
+    shared |= {"MASTER_PORT": str(port)}
+    if strategy in ZERO:
+        shared |= {"DS_ACCELERATOR": "cpu"}
     reader, writer = FORKS.Pipe(duplex=False)
     processes = []
     for rank in range(world):
@@ -173,7 +186,7 @@ def run_ranks(
     writer.close()
     threading.Thread(target=_end_together, args=(processes,), daemon=True).start()
     with os.fdopen(os.dup(reader.fileno())) as lines:
-        events = _heard(lines, lambda event: None)
+        events = _heard(lines, on_event)
     reader.close()
     for process in processes:
         process.join()

@@ -73,7 +73,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 LONGEST = (
+    "strategies",
     "demos",
+    "refused_strategies",
     "resume",
     "chaos",
     "faults",

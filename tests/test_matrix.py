@@ -10,6 +10,7 @@ from runner.job.check import check
 from tests.small_job import SMALL
 
 BITS = {"load_in_4bit": True}
+HALF = {"name_or_path": "x", "dtype": "float16"}
 EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "format": "vqa"}]}}
 
 PAIRS = [{"path": "demo:preferences", "format": "preference"}]
@@ -90,6 +91,38 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         {"training": {"liger_kernel_config": {"fused_linear_cross_entropy": True}}},
         ("training", "liger_kernel_config", "fused_linear_cross_entropy"),
     ),
+    # Upstream failing at these is in tests/test_refused_strategies.py.
+    *(
+        ({"launch": {"strategy": strategy}, "lora": {}, "training": {"optim": optim}}, ("training", "optim"))
+        for strategy in ("zero1", "zero2", "zero3", "fsdp2")
+        for optim in ("adamw_bnb_8bit", "adafactor", "adagrad", "ademamix")
+    ),
+    (
+        {"launch": {"strategy": "fsdp2"}, "lora": {}, "training": {"optim": "lion_32bit"}},
+        ("training", "optim"),
+    ),
+    *(
+        ({"launch": {"strategy": strategy}, "lora": {}, "model": HALF}, ("model", "dtype"))
+        for strategy in ("zero1", "zero2", "zero3")
+    ),
+    (
+        {"launch": {"strategy": "fsdp2"}, "lora": {}, "quantization": {"load_in_8bit": True}},
+        ("quantization", "load_in_8bit"),
+    ),
+    (
+        {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}, "quantization": BITS},
+        ("lora", "use_dora"),
+    ),
+    (
+        {
+            "launch": {"strategy": "fsdp2"},
+            "lora": {},
+            "quantization": {**BITS, "bnb_4bit_quant_storage": "float32"},
+        },
+        ("quantization", "bnb_4bit_quant_storage"),
+    ),
+    ({"launch": {"strategy": "fsdp2"}}, ("launch", "strategy")),
+    ({"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["lm_head"]}}, ("launch", "strategy")),
 ]
 
 NEIGHBOURS: list[dict[str, Any]] = [
@@ -139,6 +172,25 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {**DPO, "training": {"loss_type": "exo_pair", "label_smoothing": 1e-3}},
     {**DPO, "training": {"f_divergence_type": "forward_kl", "loss_type": ["ipo", "sft"]}},
     {**DPO, "training": {"use_weighting": True, "loss_type": ["sigmoid", "bco_pair"]}},
+    *(
+        {"launch": {"strategy": strategy}, "lora": {}, "training": {"optim": optim}}
+        for strategy in ("zero1", "zero2", "zero3", "fsdp2")
+        for optim in ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+    ),
+    {"launch": {"strategy": "zero3"}, "training": {"optim": "lion_32bit"}},
+    {"launch": {"strategy": "fsdp2"}, "lora": {"modules_to_save": ["embed_tokens"]}, "model": HALF},
+    {"launch": {"strategy": "zero3"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
+    {"launch": {"strategy": "zero3"}, "lora": {"use_dora": True}},
+    {
+        "launch": {"strategy": "fsdp2"},
+        "lora": {},
+        "quantization": {**BITS, "bnb_4bit_quant_storage": "bfloat16"},
+    },
+    {"launch": {"strategy": "fsdp2"}, "lora": {"use_dora": True}, "quantization": BITS},
+    {"launch": {"strategy": "ddp"}, "lora": {"r": 8}, "quantization": {"load_in_8bit": True}},
+    # Left to the runner, none of it is refused.
+    {"launch": {"strategy": "auto"}, "training": {"optim": "adamw_bnb_8bit"}},
+    {"lora": {"modules_to_save": ["lm_head"]}, "quantization": {"load_in_8bit": True}, "model": HALF},
 ]
 """One step beside the rows: upstream can do these."""
 

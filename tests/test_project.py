@@ -25,7 +25,6 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = {"help", "train", "validate", "test", "check", "bench", "chaos", "schema", "clean"}
 NOT_IMPORTED = {
-    "moto",
     "mypy",
     "num2words",
     "pytest-socket",
@@ -34,7 +33,7 @@ NOT_IMPORTED = {
     "torchvision",
     "types-pyyaml",
 }
-"""Tools, servers that tests start, and what transformers imports for some processors."""
+"""Tools, and what transformers imports for some processors."""
 
 APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """Of https://www.apache.org/licenses/LICENSE-2.0.txt, as it stands there."""

@@ -9,7 +9,17 @@ import pytest
 import torch
 import trl.kernels.chunked_logprob
 import trl.trainer.utils
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer
+from transformers.integrations.deepspeed import (
+    HfDeepSpeedConfig,
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 from trl import DPOTrainer, SFTTrainer
 
 from runner.train.trainer import RunTrainer
@@ -26,6 +36,8 @@ SIGNATURES = {
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_load_scaler": ["self", "checkpoint"],
     "_load_rng_state": ["self", "checkpoint"],
+    "create_optimizer": ["self", "model"],
+    "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],
@@ -51,8 +63,6 @@ def test_the_loop_records_before_it_saves() -> None:
 
 
 def test_the_probe_can_prepare_and_count_as_the_loop_does() -> None:
-    prepare = ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"]
-    assert list(inspect.signature(Trainer._prepare_for_training).parameters) == prepare
     count = ["self", "batch_samples", "device"]
     assert list(inspect.signature(Trainer._get_num_items_in_batch).parameters) == count
     # What the loop makes anew when it is gone, and what holds the size.
@@ -80,3 +90,68 @@ def test_the_head_projects_only_labelled_tokens_where_it_is_told_that_triton_run
     importlib.import_module("runner.train.methods")
     assert trl.trainer.utils._use_triton(torch.device("cpu"))
     assert not trl.kernels.chunked_logprob._use_triton(torch.device("cpu"))
+
+
+def test_a_cpu_shards_where_accelerate_takes_it_for_an_xpu() -> None:
+    """`runner.train.placement.prepare`; fails when FSDP2 runs on CPUs by itself, and it can go."""
+    assert "self.__dict__ = self._shared_state" in inspect.getsource(PartialState.__init__)
+    source = inspect.getsource(AcceleratorState.__init__)
+    assert "self.__dict__.update(PartialState._shared_state)" in source
+    sharding = source[: source.index("self.distributed_type = DistributedType.FSDP")]
+    listed = sharding[sharding.rindex("elif self.distributed_type in [") :]
+    assert "DistributedType.MULTI_XPU" in listed and "DistributedType.MULTI_CPU" not in listed
+
+
+def test_a_precision_policy_of_ours_stands() -> None:
+    """`runner.train.placement.prepare` puts one where accelerate makes its own only if there is none."""
+    assert "FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)" in inspect.getsource(Trainer)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    plugin.set_mixed_precision("bf16")
+    assert plugin.mixed_precision_policy is policy and policy.output_dtype is None
+
+
+def test_transformers_takes_every_model_for_partitioned_under_one_global_configuration() -> None:
+    """`runner.train.placement.whole` puts it away and back."""
+    configuration = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    assert is_deepspeed_zero3_enabled()
+    unset_hf_deepspeed_config()
+    assert not is_deepspeed_zero3_enabled()
+    set_hf_deepspeed_config(configuration)
+    assert is_deepspeed_zero3_enabled()
+    unset_hf_deepspeed_config()
+
+
+def test_deepspeed_keeps_its_partitions_where_they_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`runner.train.gathering.Zero`: what the optimizer steps on, and what finds a parameter's part of it."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    import deepspeed.utils
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    early, late = (inspect.getsource(one) for one in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3))
+    assert "self.single_partition_of_fp32_groups.append(" in early
+    assert "param_group['params'] = [self.single_partition_of_fp32_groups[i]]" in early
+    assert "self.fp32_partitioned_groups_flat.append(" in late
+    assert "fp32_param = self.fp32_partitioned_groups_flat[sub_group_id]" in late
+    assert "self.optimizer.param_groups[param_group_id]['params'] = [fp32_param]" in late
+    link = DeepSpeedZeroOptimizer._lazy_init_hp_params_optimizer_state
+    assert list(inspect.signature(link).parameters) == ["self"]
+    source = inspect.getsource(link)
+    assert "self.optimizer.state" in source and "if not self._hp_optimizer_states_linked:" in source
+    assert "self._lazy_init_hp_params_optimizer_state()" in early
+    for name, arguments in {
+        "safe_get_full_fp32_param": ["param"],
+        "safe_get_full_optimizer_state": ["param", "optim_state_key"],
+        "safe_set_full_optimizer_state": ["param", "value", "optim_state_key"],
+    }.items():
+        assert list(inspect.signature(getattr(deepspeed.utils, name)).parameters) == arguments
+    assert "zero_optimization_stage" in vars(deepspeed.DeepSpeedEngine)
+
+
+def test_deepspeed_loads_its_own_checkpoint_in_the_method_that_is_overridden() -> None:
+    """`RunTrainer._prepare_for_training` gives it none, and loads before and after."""
+    source = inspect.getsource(Trainer._prepare_for_training)
+    assert source.index("accelerator.prepare(") < source.index("if resume_from_checkpoint is not None:")
+    assert source.index("if resume_from_checkpoint is not None:") < source.index("deepspeed_load_checkpoint(")
+    assert "self.model_wrapped = model" in source

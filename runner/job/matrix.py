@@ -13,6 +13,7 @@ from typing import Any
 
 from runner.job.cells import Section, is_count, is_number, texts
 from runner.job.matrix_adapters import adapted, quantized
+from runner.job.matrix_strategies import split
 from runner.job.shape import Finding
 from runner.manifest import FORMATS, PAIRS, SORTING
 from runner.plan import sizes
@@ -64,6 +65,14 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         dataloader_prefetch_factor, _persistent_workers   x no workers   raises
         logging_steps, eval_steps above 1              x a fraction  TrainingArguments raises
         liger_kernel_config.fused_linear_cross_entropy x fused head  SFTTrainer raises
+    launch.strategy (auto is never refused: it takes ddp)
+        zero1, zero2, zero3, fsdp2   x optim with a state of another shape   cannot be saved, or not resumed
+        fsdp2                        x optim of bitsandbytes                 PyTorch raises
+        zero1, zero2, zero3          x model.dtype: float16                  gradients overflow, silently
+        zero3                        x use_dora, quantized                   PEFT raises
+        fsdp2                        x bnb_4bit_quant_storage: other floats  packed weights would be cast
+        fsdp2                        x load_in_8bit                          bitsandbytes raises
+        fsdp2                        x lora: null, modules_to_save: lm_head  wrong gradients, silently
     """
     training, lora, quantization = (
         _section(job, "training"),
@@ -86,6 +95,13 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
             reason = "biases have no copy for a reference: method dpo would prefer against what it trains"
             yield Finding(("lora", "bias"), reason, "remove it")
     yield from _evaluation(job, training)
+    yield from split(
+        _section(job, "launch").get("strategy"),
+        model=_section(job, "model"),
+        training=training,
+        quantization=quantization,
+        lora=None if job.get("lora") is None else lora,
+    )
     yield from _schedule(training)
 
 

@@ -153,6 +153,7 @@ class Zero:
             return {}
         keys = [key for key, value in kept[0].items() if torch.is_tensor(value) and value.dim() > 0]
         scalars = {key: value for key, value in kept[0].items() if key not in keys}
+        self._link()
         return {
             name: {
                 **{key: _copied(value) for key, value in scalars.items()},
@@ -174,8 +175,7 @@ class Zero:
                 key: torch.zeros_like(flat) if torch.is_tensor(value) and value.dim() > 0 else _copied(value)
                 for key, value in one.items()
             }
-        if self._stage < 3:  # they know the state by parameter only from here on
-            self._sharded._lazy_init_hp_params_optimizer_state()
+        self._link()
         for name, parameter in trainable(self._model).items():
             for key, value in states[name].items():
                 if torch.is_tensor(value) and value.dim() > 0:
@@ -186,6 +186,13 @@ class Zero:
             {**_hyperparameters(group), "params": names}
             for group, names in zip(self._optimizer.param_groups, self._names, strict=True)
         ]
+
+    def _link(self) -> None:
+        """Let stages 1 and 2 know the state by parameter. They do so once, after the step of the first group
+        (DeepSpeed 0.19), when the others have no state yet."""
+        if self._stage < 3:
+            self._sharded._hp_optimizer_states_linked = False
+            self._sharded._lazy_init_hp_params_optimizer_state()
 
     @property
     def _flat(self) -> list[torch.Tensor]:

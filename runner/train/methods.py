@@ -134,7 +134,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
                 "remove_unused_columns": False,
             }
         )
-        placement.prepare(plan)
+        placement.prepare(plan, built)
         # Its package may be missing, which upstream finds out at the first step.
         Trainer.get_optimizer_cls_and_kwargs(built)
     except (TypeError, ValueError, ImportError, RuntimeError) as error:

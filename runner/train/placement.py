@@ -19,11 +19,14 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
-from runner.errors import RunnerError
+from runner.errors import DataError, RunnerError
 from runner.plan import Plan, Strategy
+from runner.train.data.rows import Rows
+from runner.train.models.model import DTYPES
 from runner.train.world import device
 
 STAGES: dict[Strategy, int] = {"zero1": 1, "zero2": 2, "zero3": 3}
@@ -104,21 +107,63 @@ def whole(built: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(built.hf_deepspeed_config)
 
 
-def prepare(plan: Plan) -> None:
-    """After TrainingArguments, before the trainer, on a CPU: shard where accelerate (1.15) would run DDP, and
-    compile nothing.
+def prepare(plan: Plan, built: TrainingArguments) -> None:
+    """After TrainingArguments, before the trainer: what they have no field for.
 
-    DeepSpeed (0.19) builds its reduction for processes that share memory in a cache of the user's; a rank
-    that is killed meanwhile leaves a lock there that all later ones wait for. Gloo reduces instead.
+    fsdp2              what a module returns stays as it is: accelerate (1.15) would round the loss to the
+                       model's type
+    fsdp2 on a CPU     shards, where accelerate would run DDP
+    zero* on a CPU     compiles nothing: DeepSpeed (0.19) builds its reduction for processes that share memory
+                       in a cache of the user's, and a rank that is killed meanwhile leaves a lock there that
+                       all later ones wait for; gloo reduces instead
     """
-    if device().type != "cpu":
-        return
-    if plan.strategy == "fsdp2":
+    on_cpu = device().type == "cpu"
+    if plan.strategy == "fsdp2" and built.mixed_precision != "no":
+        # Gradients are summed in the same type: in another, PyTorch (2.13) fails at the tower, which takes no
+        # part in the backward pass.
+        policy = MixedPrecisionPolicy(param_dtype=DTYPES[plan.job.model.dtype])
+        built.fsdp_plugin_args["mixed_precision_policy"] = policy
+    if plan.strategy == "fsdp2" and on_cpu:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    elif plan.strategy in STAGES:
+    elif plan.strategy in STAGES and on_cpu:
         import deepspeed
 
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
+
+
+def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
+    """Refuse rows without an image where a process that has none in its batch leaves the others waiting.
+
+        strategy             freeze                     refused
+        single               any                        -
+        ddp, zero1, zero2    vision_tower, projector    -
+        ddp, zero1, zero2    less                       in train: their gradients are summed by all
+        zero3, fsdp2         any                        in train or eval, among rows with images: the
+                                                        weights are gathered by all
+
+    Raises:
+        DataError: there are such rows.
+    """
+    if plan.strategy == "single":
+        return
+    training = [part for part in ("vision_tower", "projector") if part not in plan.job.model.freeze]
+    sharded = plan.strategy in SHARDED
+    if sharded:
+        reason = "a part of it is on every process, and all have to take part in every forward of its tower"
+        remedy = "launch.strategy: ddp, or only rows with images"
+    else:
+        reason = f"{' and '.join(training)} would train, whose gradients all have to sum in every step"
+        remedy = "model.freeze: [vision_tower, projector], launch.strategy: single, or only rows with images"
+    for name, rows in (("train", train), ("eval", evaluation if sharded else None)):
+        if rows is None or not (sharded or training):
+            continue
+        counts = rows.dataset.with_format("numpy", columns=["image_count"])["image_count"][:]
+        if not counts.all() and (counts.any() or not sharded):
+            first = rows.dataset[int((counts == 0).argmax())]["row"]
+            raise DataError(
+                f"datasets.{name}: {first} has no image, and launch.strategy: {plan.strategy} needs one in "
+                f"every row: {reason}. Remedy: {remedy}"
+            )
 
 
 def engine(trainer: Trainer) -> dict[str, Any]:

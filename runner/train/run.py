@@ -134,6 +134,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
             collator = preparation.collator(job, processor, train_rows)
             channel.send("audit", lines=audit(train_rows, collator, processor))
         eval_rows = preparation.eval_rows(job, plan.fetched.eval, processor, limit)
+    placement.check_rows(plan, train_rows, eval_rows)
     for rows in (train_rows, eval_rows):
         for row, reason in () if rows is None else rows.skipped:
             channel.send("warning", message=f"{row} is skipped: {reason}")
@@ -200,7 +201,8 @@ def _trainer(
     job = plan.job
     reference = None
     if job.method == "dpo" and job.lora is None:
-        reference = _start_of(plan).requires_grad_(False)
+        with placement.whole(arguments):
+            reference = _start_of(plan).requires_grad_(False)
     keeps_reference = adapter.keeps_reference(job)
     with adapter.values_kept(model) if keeps_reference else contextlib.nullcontext():
         trainer = methods.trainer(
