@@ -245,7 +245,7 @@ def test_a_run_that_found_its_size_is_the_run_that_was_given_it(tmp_path: Path) 
         assert outcome["facts"]["geometry"]["per_device"] == 4
         (checkpoint,) = (folder / "outbox").iterdir()
         kept = json.loads((checkpoint / "checkpoint.json").read_text())["extra"]["batch"]
-        assert kept == {"per_device": 4, "asked": size}
+        assert kept == {"per_device": 4, "asked": size, "world": 1, "strategy": "single"}
         log = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
         timeless = [{key: value for key, value in one.items() if "second" not in key} for one in log]
         adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()

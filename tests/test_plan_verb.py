@@ -139,7 +139,7 @@ def test_a_plan_is_what_training_then_reports(file: str, data: str, tmp_path: Pa
     assert answer.model is not None and answer.data is not None
     (told,) = [event for event in events if event["event"] == "plan"]
     steps = attempts.steps(events)
-    section = numbers.training_section(job, answer.data, verb.geometry(job))
+    section = numbers.training_section(job, answer.data, verb.geometry(job), "single")
     assert (section["steps"], answer.data.rows) == (told["steps"], told["rows"]) == (len(steps), 64)
     assert answer.data.tokens.largest == told["tokens_max"]
     assert numbers.trainable(answer.model) == outcome["facts"]["trainable_parameters"]
