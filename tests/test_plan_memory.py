@@ -78,3 +78,18 @@ def test_the_strategy_and_its_reason(gpu: str | None, launch: str, strategy: str
 def test_a_type_that_nobody_knows_is_refused_with_those_that_are() -> None:
     with pytest.raises(UsageError, match="A100-80GB"):
         memory.where("B9000")
+
+
+def test_auto_takes_no_strategy_that_the_job_cannot_train_under() -> None:
+    """float16 has no loss scaler under DeepSpeed, and an 8-bit optimizer's state cannot be split."""
+    many = {"training": {"per_device_train_batch_size": 16, "gradient_checkpointing": False}}
+    assert section(many, "T4", world=2)["strategy"] == "zero3"
+    assert section(merged(many, {"model": {"dtype": "float16"}}), "T4", world=2)["strategy"] == "ddp"
+    assert (
+        section(merged(many, {"training": {"optim": "adamw_bnb_8bit"}}), "T4", world=2)["strategy"] == "ddp"
+    )
+
+
+def test_auto_sizes_do_not_make_a_strategy_more_than_is_needed() -> None:
+    auto = {"training": {"global_batch_size": 256, "per_device_train_batch_size": "auto"}}
+    assert section(auto, "L40S", world=2)["strategy"] == "ddp"

@@ -7,6 +7,7 @@ bfloat16 the sums of other cuts round otherwise, so that there is nothing to hol
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from runner.plan import Strategy
 from runner.request import Request, write
 from runner.train.state import OPTIMIZER, PARAMETERS
-from tests.attempts import merged, pairs, run_ranks, steps
+from tests.attempts import JOB, merged, pairs, run_ranks, steps
 
 ENGINES: dict[Strategy, tuple[str, str, int | None]] = {
     "single": ("PeftModelForCausalLM", "NO", None),
@@ -170,3 +171,20 @@ def test_one_run_goes_from_one_world_and_strategy_to_the_next(runs: Runs, case: 
         # A slow machine may stop a step later; the next attempt begins where this one should have stopped.
         assert_agree(made, expected[done : done + len(made)])
         assert_close(states(folder, done + 1), states(reference, done + 1))
+
+
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp2"])
+def test_a_model_in_parts_answers_every_row_once(tmp_path: Path, strategy: Strategy) -> None:
+    """Three rows on two ranks, before training and after it, when each holds a part of the weights."""
+    source = {**JOB["datasets"]["train"][0], "split": "val[:3]"}
+    changes = {
+        "datasets": {"eval": [source]},
+        "evaluation": {"max_new_tokens": 4, "batch_size": 1},
+        "training": {"max_steps": 1},
+    }
+    outcome, _ = run_ranks(tmp_path, changes, strategy, 2)
+    assert outcome["outcome"] == "done", outcome
+    for label in ("before", "after"):
+        lines = (tmp_path / "evaluation" / f"{label}.predictions.jsonl").read_text().splitlines()
+        assert len({json.loads(line)["row"] for line in lines}) == len(lines) == 3
+        assert outcome["metrics"][label]["relaxed_accuracy"]["n"] == 3

@@ -1,6 +1,7 @@
 """The rows of the compatibility matrix about `launch.strategy` (`runner.job.matrix`). Pure.
 
-Only of a strategy that the job names: `auto` takes ddp, which trains whatever one process does.
+Only of a strategy that the job names: `auto` takes none that a row refuses (`splits`), and ddp trains what one
+process does.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from runner.job.cells import Section, texts
 from runner.job.matrix_adapters import FLOATS
 from runner.job.shape import Finding
+from runner.manifest import Job
+from runner.plan import Strategy
 
 ZERO = ("zero1", "zero2", "zero3")
 
@@ -17,6 +20,23 @@ OF_TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that train, save and resume under zero1, zero2, zero3 and fsdp2."""
 OF_BITSANDBYTES = ("lion_32bit", "paged_lion_32bit", "paged_adamw_32bit", "rmsprop_bnb")
 """The same under zero1, zero2 and zero3; fsdp2's tensors reach no kernel of bitsandbytes."""
+
+
+def splits(job: Job) -> list[Strategy]:
+    """What `auto` may take of the strategies that split what a process holds, the simplest first."""
+    order: tuple[Strategy, ...] = ("zero2", "zero3")
+
+    def refused(strategy: Strategy) -> bool:
+        found = split(
+            strategy,
+            model=job.model.model_dump(),
+            training=job.training.options,
+            quantization=job.quantization or {},
+            lora=job.lora,
+        )
+        return any(found)
+
+    return [strategy for strategy in order if not refused(strategy)]
 
 
 def split(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,13 @@ class Choice:
 
 
 def choose(
-    model: ModelFacts, data: DataFacts, job: Job, cut: Geometry, device: Device, capacity: int | None
+    model: ModelFacts,
+    data: DataFacts,
+    job: Job,
+    cut: Geometry,
+    device: Device,
+    capacity: int | None,
+    possible: Sequence[Strategy] = ("zero2", "zero3"),
 ) -> Choice:
     """The simplest strategy whose high end fits: what is not needed costs time on the wire.
 
@@ -57,6 +63,7 @@ def choose(
 
     Args:
         capacity: bytes of one device (`Gpu.usable`); None where its type is not known.
+        possible: what the job can train under besides ddp, the simplest first.
     """
     if cut.world == 1:
         return Choice("single", "one process", estimate(model, data, job, cut, "single", device))
@@ -65,7 +72,9 @@ def choose(
         reason = f"the simplest; what a device has is not known, and it may need {_gib(found.high)}"
         return Choice("ddp", reason, found)
     tried: list[str] = []
-    order: tuple[Strategy, ...] = ("ddp", "zero2", "zero3")
+    order = ("ddp", *possible)
+    if job.training.per_device_train_batch_size == "auto":
+        cut = recut(cut, 1)  # what fits with one row at once; how many more do is found later
     for strategy in order:
         found = estimate(model, data, job, cut, strategy, device)
         if found.high <= capacity:
@@ -73,7 +82,7 @@ def choose(
             return Choice(strategy, f"needs at most {_gib(found.high)} of {_gib(capacity)}{above}", found)
         tried.append(f"{strategy} ({_gib(found.high)})")
     reason = f"needs least; nothing surely fits {_gib(capacity)}: {', '.join(tried)}"
-    return Choice("zero3", reason, found)
+    return Choice(order[-1], reason, found)
 
 
 def levers(

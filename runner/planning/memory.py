@@ -7,6 +7,7 @@ from typing import Any
 
 from runner.errors import UsageError
 from runner.facts import DataFacts, ModelFacts
+from runner.job.matrix_strategies import splits
 from runner.manifest import Job
 from runner.memory import GPUS, Choice, Estimate, choose, estimate, levers
 from runner.memory.terms import Device
@@ -53,7 +54,7 @@ def chosen(job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, at: Wher
     """The strategy that the job names, else the one that `auto` takes."""
     asked = job.launch.strategy
     if asked == "auto" or cut.world == 1:
-        return choose(model, data, job, cut, at.device, at.capacity)
+        return choose(model, data, job, cut, at.device, at.capacity, splits(job))
     return Choice(asked, "named by the job", estimate(model, data, job, cut, asked, at.device))
 
 

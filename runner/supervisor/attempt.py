@@ -141,7 +141,8 @@ def judged(exit: Exit, left: Sequence[Outcome | None]) -> tuple[Exit, Outcome | 
         a bad one      a cause         -                that
         a bad one      another, or no  a cause          that: the first failed of it
         a bad one      another, or no  no cause         what the first left; none is a crash
-        killed by us   -               -                what rank 0 left
+        killed by us   a cause         -                that, of the first that has one
+        killed by us   none            -                what rank 0 left
         the last three, and it is done, but not every rank left an outcome: none, one was killed at work
 
     A cause is an out of memory, or a failure with an exit code of its own (65, 78, ...). What is a failure
@@ -152,7 +153,7 @@ def judged(exit: Exit, left: Sequence[Outcome | None]) -> tuple[Exit, Outcome | 
         left: the outcome of each rank.
     """
     found = exit.rank or 0
-    if exit.rank is not None:
+    if exit.rank is not None or exit.ended is not None:
         found = next((rank for rank in (found, *range(len(left))) if is_cause(left[rank])), found)
     own = left[found]
     if own is None:

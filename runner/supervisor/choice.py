@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runner.errors import RunnerError
 from runner.facts import Question
+from runner.job.matrix_strategies import splits
 from runner.manifest import Job
 from runner.memory import Choice, choose
 from runner.memory.devices import MIB, USABLE
@@ -58,4 +59,4 @@ def chosen(
         return None
     if answer.model is None or answer.data is None:
         return None
-    return choose(answer.model, answer.data, job, cut, "cuda", has)
+    return choose(answer.model, answer.data, job, cut, "cuda", has, splits(job))

@@ -56,4 +56,10 @@ def main(plan_file: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    if code not in (0, Preempted.exit_code) and os.environ.get("WORLD_SIZE", "1") != "1":
+        # A rank that failed would wait, on its way out, for what the others still have under way.
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -35,12 +35,13 @@ def everything(model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.
         trainable_only: without what is frozen.
     """
     found: dict[str, torch.Tensor] = {}
+    tied: dict[int, torch.Tensor] = {}  # what is one tensor stays one, and is written once
     for name, value in model.state_dict(keep_vars=True).items():
         if trainable_only and not value.requires_grad:
             continue
         whole = _full(value.detach()) if not hasattr(value, "ds_id") else _gathered(value)
         if world().first:
-            found[name] = whole.cpu()
+            found[name] = tied.setdefault(id(value), whole.cpu())
     return found
 
 
@@ -82,7 +83,7 @@ class Whole:
     def states(self) -> States:
         state = self._optimizer.state_dict()
         return {
-            name: {key: _full(value) for key, value in state["state"][index].items()}
+            name: {key: _kept(_full(value)) for key, value in state["state"][index].items()}
             for name, index, _ in self._indices(state)
             if index in state["state"]
         }
@@ -156,8 +157,8 @@ class Zero:
         self._link()
         return {
             name: {
-                **{key: _copied(value) for key, value in scalars.items()},
-                **{key: safe_get_full_optimizer_state(parameter, key) for key in keys},
+                **{key: _kept(value) for key, value in scalars.items()},
+                **{key: _kept(safe_get_full_optimizer_state(parameter, key)) for key in keys},
             }
             for name, parameter in trainable(self._model).items()
         }
@@ -169,10 +170,14 @@ class Zero:
             live.update(group)
         if not states:
             return
+        fused = any(group.get("fused") for group in groups)
+        one = next(iter(states.values()))
         for flat in self._flat:
-            one = next(iter(states.values()))
             self._optimizer.state[flat] = {
-                key: torch.zeros_like(flat) if torch.is_tensor(value) and value.dim() > 0 else _copied(value)
+                key: torch.zeros_like(flat)
+                if torch.is_tensor(value) and value.dim() > 0
+                # A fused kernel reads the step where the parameters are.
+                else _copied(value, flat.device if fused else torch.device("cpu"))
                 for key, value in one.items()
             }
         self._link()
@@ -210,6 +215,13 @@ def _hyperparameters(group: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key != "params"}
 
 
+def _kept(value: Any) -> Any:
+    """Rank 0 keeps a tensor, on the CPU; the others took part. All at once may be more than a GPU has."""
+    if not torch.is_tensor(value):
+        return value
+    return value.cpu() if world().first else None
+
+
 def _full(value: Any) -> Any:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
@@ -221,5 +233,5 @@ def laid_out(value: Any, parameter: torch.Tensor) -> Any:
     return value
 
 
-def _copied(value: Any) -> Any:
-    return value.clone() if torch.is_tensor(value) else value
+def _copied(value: Any, where: torch.device) -> Any:
+    return value.to(where, copy=True) if torch.is_tensor(value) else value

@@ -20,8 +20,9 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
-TIMEOUT = datetime.timedelta(minutes=30)
-"""Of a collective. A rank that is gone is noticed by the supervisor, long before."""
+TIMEOUT = datetime.timedelta(days=7)
+"""Of a collective: the others wait while the first prepares the rows of a large dataset. Ranks that are gone
+or silent are noticed by the supervisor."""
 
 
 @dataclass(frozen=True)

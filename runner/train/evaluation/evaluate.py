@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from transformers import GenerationConfig, ProcessorMixin
 
@@ -199,7 +200,10 @@ def _generate(
         for name, value in batch.items()
         if name not in NOT_THE_MODELS
     }
-    output = model.generate(**inputs, generation_config=config)
+    # transformers (5.23) sees it only of models that it has sharded itself: a rank whose answers are shorter
+    # would leave the others waiting.
+    more = {"synced_gpus": True} if isinstance(model, FSDPModule) else {}
+    output = model.generate(**inputs, generation_config=config, **more)
     answers = output[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
 
