@@ -1,7 +1,7 @@
 """The rows of the compatibility matrix about `launch.strategy` (`runner.job.matrix`). Pure.
 
-Only of a strategy that the job names: `auto` takes none that a row refuses (`splits`), and ddp trains what one
-process does.
+Only of a strategy that the job names: `auto` takes none that a row refuses (`splits`), and ddp trains what
+one process does.
 """
 
 from __future__ import annotations
