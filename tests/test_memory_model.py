@@ -409,3 +409,10 @@ def test_where_nothing_fits_the_reason_says_so() -> None:
     job = job_of(lora=None, training={"per_device_train_batch_size": 8, "gradient_checkpointing": False})
     choice = choose(model(job), data(), job, geometry(job, 2), "cuda", GPUS["T4"].usable)
     assert choice.strategy == "zero3" and "nothing surely fits" in choice.reason
+
+
+def test_rows_without_images_among_others_keep_the_weights_whole() -> None:
+    job = job_of(training={"per_device_train_batch_size": 1})
+    some = data().model_copy(update={"images": data().images.model_copy(update={"mean": 0.5})})
+    assert choose(model(job), data(), job, geometry(job, 2), "cuda", 1).strategy == "zero3"
+    assert choose(model(job), some, job, geometry(job, 2), "cuda", 1).strategy == "zero2"

@@ -72,7 +72,9 @@ def choose(
         reason = f"the simplest; what a device has is not known, and it may need {_gib(found.high)}"
         return Choice("ddp", reason, found)
     tried: list[str] = []
-    order = ("ddp", *possible)
+    some_without = data.images.largest > 0 and data.images.mean < 1
+    # Weights in parts want an image in every row or in none.
+    order = ("ddp", *(one for one in possible if one != "zero3" or not some_without))
     if job.training.per_device_train_batch_size == "auto":
         cut = recut(cut, 1)  # what fits with one row at once; how many more do is found later
     for strategy in order:
