@@ -10,7 +10,7 @@ from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
 from runner.memory.estimate import Estimate, Verdict, estimate
 from runner.memory.terms import DEFAULTS, Device
-from runner.plan import Geometry, Strategy, recut, sizes
+from runner.plan import Geometry, Strategy, geometry, recut, sizes
 
 FIXED_IMAGES = ("gemma3", "llava", "paligemma")
 """Architectures whose images take the same tokens whatever their size."""
@@ -177,13 +177,7 @@ def _more_devices(
             break
         if job.training.sorts and cut.per_device not in usable:  # another size would be another loss
             break
-        size = next(size for size in usable if size <= cut.per_device)
-        more = Geometry(
-            global_batch_size=cut.global_batch_size,
-            per_device=size,
-            accumulation=cut.global_batch_size // (size * world),
-            world=world,
-        )
+        more = geometry(job, world, at_most=cut.per_device)
         other: Strategy = strategy if strategy in SHARDED else "zero3"
         keys = {"launch.strategy": other, "launch.gpus_per_node": world // job.launch.nodes}
         best = f"{world} devices, {other}", keys, estimate(model, data, job, more, other, device)
