@@ -33,7 +33,7 @@ from memory_models import build
 
 from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
-from runner.memory import Estimate, estimate
+from runner.memory import Estimate, Subject, estimate
 from runner.plan import Fetched, geometry
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +162,7 @@ def predicted(record: dict[str, Any]) -> Estimate:
     """What `runner.memory` says of a record's job."""
     job = Job.model_validate(record["job"])
     model, data = ModelFacts.model_validate(record["model"]), DataFacts.model_validate(record["data"])
-    return estimate(model, data, job, geometry(job), "single", record["device"])
+    return estimate(Subject(model, data, job, geometry(job), "single", record["device"]))
 
 
 def table(records: list[dict[str, Any]]) -> list[str]:

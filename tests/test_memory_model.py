@@ -12,7 +12,7 @@ import pytest
 
 from runner.facts import DataFacts, ModelFacts, Part, Percentiles, Stack
 from runner.manifest import Job
-from runner.memory import GPUS, Estimate, Lever, Term, choose, estimate, levers
+from runner.memory import GPUS, Estimate, Lever, Subject, Term, choose, estimate, levers
 from runner.memory.terms import DEFAULTS, OPTIMIZERS, Device
 from runner.plan import Strategy, geometry
 from tests.attempts import merged
@@ -84,7 +84,7 @@ def said(
     rows: DataFacts | None = None,
 ) -> Estimate:
     job = job_of(**merged({"training": {"per_device_train_batch_size": 2}}, changes or {}))
-    return estimate(model(job), rows or data(), job, geometry(job, world), strategy, device)
+    return estimate(Subject(model(job), rows or data(), job, geometry(job, world), strategy, device))
 
 
 def term(found: Estimate, name: str) -> Term:
@@ -134,7 +134,7 @@ def test_published_loads_are_the_weights_and_a_little(line: str) -> None:
     text = TEXT.model_copy(update={name: record[name] for name in ("hidden", "intermediate")})
     job = job_of(quantization=FOUR_BIT)
     facts = model(job).model_copy(update={"parts": {"language_model": whole}, "text": text})
-    found = estimate(facts, data(), job, geometry(job), "single", "cuda")
+    found = estimate(Subject(facts, data(), job, geometry(job), "single", "cuda"))
     unpacked = text.hidden * text.intermediate * 2
     loaded = term(found, "weights").low - unpacked + term(found, "adapter").low
     assert 0.8 <= loaded / GIB / record["printed_gib"] <= 1.0
@@ -296,9 +296,9 @@ def test_what_is_not_known_is_said(changes: dict[str, Any], names: str) -> None:
 def test_a_tower_without_widths_is_said() -> None:
     job = job_of()
     blind = model(job).model_copy(update={"vision": None})
-    found = estimate(blind, data(), job, geometry(job), "single", "cuda")
+    found = estimate(Subject(blind, data(), job, geometry(job), "single", "cuda"))
     assert len(found.unknown) == 1 and "vision tower" in found.unknown[0]
-    assert not estimate(blind, data(tower=0), job, geometry(job), "single", "cuda").unknown
+    assert not estimate(Subject(blind, data(tower=0), job, geometry(job), "single", "cuda")).unknown
 
 
 def test_every_optimizer_of_the_table_is_upstreams() -> None:
@@ -312,7 +312,8 @@ def test_every_optimizer_of_the_table_is_upstreams() -> None:
 def found_levers(changes: dict[str, Any], gpu: str, world: int = 1) -> list[Lever]:
     job = job_of(**changes)
     strategy: Strategy = "single" if world == 1 else "ddp"
-    return levers(model(job), data(), job, geometry(job, world), strategy, "cuda", GPUS[gpu].usable)
+    it = Subject(model(job), data(), job, geometry(job, world), strategy, "cuda")
+    return levers(it, GPUS[gpu].usable)
 
 
 def changed(job: Job, keys: dict[str, Any]) -> dict[str, Any]:
@@ -351,7 +352,7 @@ def test_levers_save_most_first_and_estimate_again() -> None:
         assert Job.model_validate(changed(job_of(**changes), one.keys)) != job_of(**changes), one.name
     by_name = {one.name: one for one in found}
     job = job_of(**merged(changes, {"training": {"gradient_checkpointing": True}}))
-    again = estimate(model(job), data(), job, geometry(job, 2), "ddp", "cuda")
+    again = estimate(Subject(model(job), data(), job, geometry(job, 2), "ddp", "cuda"))
     assert by_name["gradient checkpointing"].estimate == again
     assert by_name["gradient checkpointing"].verdict == again.verdict(GPUS["T4"].usable)
     assert by_name["images of half the side"].keys == {"model.processor": {"size": {"longest_edge": 768}}}
@@ -361,7 +362,7 @@ def test_four_bit_is_guessed_right() -> None:
     """What a lever says before the model was inspected again is what is then found, but for the norms."""
     [lever] = [one for one in found_levers({}, "T4") if one.name == "4-bit weights"]
     job = job_of(quantization={**FOUR_BIT, "bnb_4bit_quant_type": "nf4"})
-    again = estimate(model(job), data(), job, geometry(job), "single", "cuda")
+    again = estimate(Subject(model(job), data(), job, geometry(job), "single", "cuda"))
     assert lever.estimate.high == pytest.approx(again.high, rel=0.001)
 
 
@@ -380,6 +381,17 @@ def test_levers_that_are_pulled_already_are_not_offered() -> None:
     assert [one.name for one in found_levers(pulled, "T4")] == ["images of half the side"]
 
 
+def test_no_lever_makes_what_validate_refuses() -> None:
+    dora = {"lora": {**LORA, "use_dora": True}, "quantization": None}
+    names = {one.name for one in found_levers(dora, "T4", world=2)}
+    assert {"4-bit weights", "zero3 over 2 devices"} <= names
+    quantized = {**dora, "quantization": FOUR_BIT}
+    assert "zero3 over 2 devices" not in {one.name for one in found_levers(quantized, "T4", world=2)}
+    packed = {"quantization": {"load_in_8bit": True}}
+    names = {one.name for one in found_levers(packed, "T4", world=2)}
+    assert "zero3 over 2 devices" in names and "fsdp2 over 2 devices" not in names
+
+
 @pytest.mark.parametrize(
     ("changes", "world", "gpu", "strategy"),
     [
@@ -394,25 +406,27 @@ def test_the_simplest_strategy_that_fits(
     changes: dict[str, Any], world: int, gpu: str, strategy: Strategy
 ) -> None:
     job = job_of(**merged({"training": {"per_device_train_batch_size": 1}}, changes))
-    choice = choose(model(job), data(), job, geometry(job, world), "cuda", GPUS[gpu].usable)
-    assert choice.strategy == strategy == choice.estimate.strategy
+    it = Subject(model(job), data(), job, geometry(job, world), "ddp", "cuda")
+    choice = choose(it, GPUS[gpu].usable)
+    assert choice.strategy == strategy
     assert "\n" not in choice.reason
 
 
 def test_without_a_capacity_it_is_the_simplest() -> None:
     job = job_of(lora=None)
-    choice = choose(model(job), data(), job, geometry(job, 2), "cuda", None)
+    choice = choose(Subject(model(job), data(), job, geometry(job, 2), "ddp", "cuda"), None)
     assert choice.strategy == "ddp" and "not known" in choice.reason
 
 
 def test_where_nothing_fits_the_reason_says_so() -> None:
     job = job_of(lora=None, training={"per_device_train_batch_size": 8, "gradient_checkpointing": False})
-    choice = choose(model(job), data(), job, geometry(job, 2), "cuda", GPUS["T4"].usable)
+    choice = choose(Subject(model(job), data(), job, geometry(job, 2), "ddp", "cuda"), GPUS["T4"].usable)
     assert choice.strategy == "zero3" and "nothing surely fits" in choice.reason
 
 
 def test_rows_without_images_among_others_keep_the_weights_whole() -> None:
     job = job_of(training={"per_device_train_batch_size": 1})
     some = data().model_copy(update={"images": data().images.model_copy(update={"mean": 0.5})})
-    assert choose(model(job), data(), job, geometry(job, 2), "cuda", 1).strategy == "zero3"
-    assert choose(model(job), some, job, geometry(job, 2), "cuda", 1).strategy == "zero2"
+    for rows, strategy in ((data(), "zero3"), (some, "zero2")):
+        it = Subject(model(job), rows, job, geometry(job, 2), "ddp", "cuda")
+        assert choose(it, capacity=1).strategy == strategy

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from runner.errors import UsageError
-from runner.memory import GPUS
+from runner.memory import GPUS, Subject
 from runner.plan import geometry
 from runner.planning import memory
 from tests.attempts import merged
@@ -18,9 +18,7 @@ FULL = {"lora": None, "model": {"dtype": "bfloat16"}, "training": {"per_device_t
 
 def section(changes: dict[str, Any], gpu: str | None, world: int = 1) -> dict[str, Any]:
     job, at = job_of(**changes), memory.where(gpu)
-    cut = geometry(job, world)
-    choice = memory.chosen(job, model(job), data(), cut, at)
-    return memory.section(job, model(job), data(), cut, choice, at)
+    return memory.section(Subject(model(job), data(), job, geometry(job, world), "ddp", at.device), at)
 
 
 def test_what_cannot_fit_names_levers_that_are_computed_largest_first() -> None:

@@ -25,18 +25,19 @@ OF_BITSANDBYTES = ("lion_32bit", "paged_lion_32bit", "paged_adamw_32bit", "rmspr
 def splits(job: Job) -> list[Strategy]:
     """What `auto` may take of the strategies that split what a process holds, the simplest first."""
     order: tuple[Strategy, ...] = ("zero2", "zero3")
+    return [strategy for strategy in order if not refused(job, strategy)]
 
-    def refused(strategy: Strategy) -> bool:
-        found = split(
-            strategy,
-            model=job.model.model_dump(),
-            training=job.training.options,
-            quantization=job.quantization or {},
-            lora=job.lora,
-        )
-        return any(found)
 
-    return [strategy for strategy in order if not refused(strategy)]
+def refused(job: Job, strategy: Strategy) -> bool:
+    """Whether a row refuses the strategy for the job."""
+    found = split(
+        strategy,
+        model=job.model.model_dump(),
+        training=job.training.options,
+        quantization=job.quantization or {},
+        lora=job.lora,
+    )
+    return any(found)
 
 
 def split(

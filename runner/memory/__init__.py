@@ -13,5 +13,18 @@ it. How far it is from what was measured stands in docs/memory-model.md.
 from runner.memory.devices import GPUS, Gpu
 from runner.memory.estimate import Estimate, Term, Verdict, estimate
 from runner.memory.levers import Choice, Lever, choose, levers
+from runner.memory.terms import Subject
 
-__all__ = ["GPUS", "Choice", "Estimate", "Gpu", "Lever", "Term", "Verdict", "choose", "estimate", "levers"]
+__all__ = [
+    "GPUS",
+    "Choice",
+    "Estimate",
+    "Gpu",
+    "Lever",
+    "Subject",
+    "Term",
+    "Verdict",
+    "choose",
+    "estimate",
+    "levers",
+]

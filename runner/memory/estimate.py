@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from runner.facts import DataFacts, ModelFacts
-from runner.manifest import Job
 from runner.memory import terms
 from runner.memory.devices import MIB
 from runner.memory.stacks import NOTHING, Range
@@ -91,18 +89,15 @@ class Estimate:
         return "fits" if self.high <= capacity and not self.unknown else "may fit"
 
 
-def estimate(
-    model: ModelFacts, data: DataFacts, job: Job, cut: Geometry, strategy: Strategy, device: Device
-) -> Estimate:
+def estimate(it: Subject) -> Estimate:
     """Bytes on one device at the peak of training, for the worst micro-batch that the data can make."""
-    it = Subject(model, data, job, cut, strategy, device)
-    options = job.training.options
+    job, options = it.job, it.job.training.options
     unknown = [f"training.{name}: {why}" for name, why in UNKNOWN_OPTIONS.items() if options.get(name)]
     if (job.lora or {}).get("use_dora"):
         unknown.append("lora.use_dora: the norm of every adapted weight is computed in every step")
     if job.model.attn_implementation not in ATTENTION:
         unknown.append(f"model.attn_implementation: {job.model.attn_implementation} may keep scores")
-    if job.model.attn_implementation == "eager" and data.tower_tokens:
+    if job.model.attn_implementation == "eager" and it.data.tower_tokens:
         unknown.append("model.attn_implementation: eager keeps the tower's scores, by the size of its tiles")
     states = terms.optimizer(it)
     if states is None:
@@ -124,7 +119,7 @@ def estimate(
     }
     ranges["reserve"] = _reserve(it, ranges)
     found = tuple(Term(name, int(one.low), int(one.high)) for name, one in ranges.items())
-    return Estimate(device, strategy, cut, found, tuple(unknown))
+    return Estimate(it.device, it.strategy, it.cut, found, tuple(unknown))
 
 
 def _reserve(it: Subject, ranges: dict[str, Range]) -> Range:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.facts import DataFacts, ModelFacts
+from runner.job.matrix_strategies import refused
 from runner.manifest import Job
 from runner.memory.estimate import Estimate, Verdict, estimate
-from runner.memory.terms import DEFAULTS, Device
-from runner.plan import Geometry, Strategy, geometry, recut, sizes
+from runner.memory.terms import Subject
+from runner.plan import Strategy, geometry, recut, sizes
 
 FIXED_IMAGES = ("gemma3", "llava", "paligemma")
 """Architectures whose images take the same tokens whatever their size."""
@@ -39,18 +40,9 @@ class Choice:
 
     strategy: Strategy
     reason: str
-    estimate: Estimate
 
 
-def choose(
-    model: ModelFacts,
-    data: DataFacts,
-    job: Job,
-    cut: Geometry,
-    device: Device,
-    capacity: int | None,
-    possible: Sequence[Strategy] = ("zero2", "zero3"),
-) -> Choice:
+def choose(it: Subject, capacity: int | None, possible: Sequence[Strategy] = ("zero2", "zero3")) -> Choice:
     """The simplest strategy whose high end fits: what is not needed costs time on the wire.
 
         world   ddp fits   zero2 fits   zero3 fits   strategy
@@ -62,127 +54,109 @@ def choose(
         > 1   nobody knows the capacity            ddp, and the reason says so
 
     Args:
+        it: of any strategy.
         capacity: bytes of one device (`Gpu.usable`); None where its type is not known.
         possible: what the job can train under besides ddp, the simplest first.
     """
-    if cut.world == 1:
-        return Choice("single", "one process", estimate(model, data, job, cut, "single", device))
+    if it.cut.world == 1:
+        return Choice("single", "one process")
     if capacity is None:
-        found = estimate(model, data, job, cut, "ddp", device)
-        reason = f"the simplest; what a device has is not known, and it may need {_gib(found.high)}"
-        return Choice("ddp", reason, found)
+        high = estimate(replace(it, strategy="ddp")).high
+        return Choice("ddp", f"the simplest; what a device has is not known, and it may need {_gib(high)}")
     tried: list[str] = []
-    some_without = data.images.largest > 0 and data.images.mean < 1
+    some_without = it.data.images.largest > 0 and it.data.images.mean < 1
     # Weights in parts want an image in every row or in none.
     order = ("ddp", *(one for one in possible if one != "zero3" or not some_without))
-    if job.training.per_device_train_batch_size == "auto":
-        cut = recut(cut, 1)  # what fits with one row at once; how many more do is found later
+    if it.job.training.per_device_train_batch_size == "auto":
+        it = replace(it, cut=recut(it.cut, 1))  # what fits with one row at once; how many more is found later
     for strategy in order:
-        found = estimate(model, data, job, cut, strategy, device)
-        if found.high <= capacity:
+        high = estimate(replace(it, strategy=strategy)).high
+        if high <= capacity:
             above = f"; {' and '.join(tried)} may need more than the device has" if tried else ""
-            return Choice(strategy, f"needs at most {_gib(found.high)} of {_gib(capacity)}{above}", found)
-        tried.append(f"{strategy} ({_gib(found.high)})")
-    reason = f"needs least; nothing surely fits {_gib(capacity)}: {', '.join(tried)}"
-    return Choice(order[-1], reason, found)
+            return Choice(strategy, f"needs at most {_gib(high)} of {_gib(capacity)}{above}")
+        tried.append(f"{strategy} ({_gib(high)})")
+    return Choice(order[-1], f"needs least; nothing surely fits {_gib(capacity)}: {', '.join(tried)}")
 
 
-def levers(
-    model: ModelFacts,
-    data: DataFacts,
-    job: Job,
-    cut: Geometry,
-    strategy: Strategy,
-    device: Device,
-    capacity: int,
-) -> list[Lever]:
-    """The single changes that save memory, the largest saving first.
+def levers(it: Subject, capacity: int) -> list[Lever]:
+    """The single changes that save memory and that `validate` takes, the largest saving first.
 
     Args:
         capacity: bytes of one device (`Gpu.usable`).
     """
-    now = estimate(model, data, job, cut, strategy, device).high
+    now = estimate(it).high
     found = []
-    for name, keys, changed in _changes(model, data, job, cut, strategy, device, capacity):
-        if changed.high < now:
-            found.append(Lever(name, keys, changed, now - changed.high, changed.verdict(capacity)))
+    for change in _changes(it, capacity):
+        made = estimate(change.made)
+        if made.high < now and not refused(change.made.job, change.made.strategy):
+            found.append(Lever(change.name, change.keys, made, now - made.high, made.verdict(capacity)))
     return sorted(found, key=lambda lever: -lever.saves)
 
 
-_Change = tuple[str, dict[str, Any], Estimate]
+@dataclass(frozen=True)
+class _Change:
+    """What a lever turns a job into."""
+
+    name: str
+    keys: dict[str, Any]
+    made: Subject
 
 
-def _changes(
-    model: ModelFacts,
-    data: DataFacts,
-    job: Job,
-    cut: Geometry,
-    strategy: Strategy,
-    device: Device,
-    capacity: int,
-) -> Iterator[_Change]:
-    smaller = [size for size in sizes(cut.global_batch_size, cut.world) if size < cut.per_device]
+def _changes(it: Subject, capacity: int) -> Iterator[_Change]:
+    job = it.job
+    smaller = [size for size in sizes(it.cut.global_batch_size, it.cut.world) if size < it.cut.per_device]
     if smaller and not job.training.sorts:
-        each = [estimate(model, data, job, recut(cut, size), strategy, device) for size in smaller]
-        best = next((one for one in each if one.high <= capacity), each[-1])
+        each = [replace(it, cut=recut(it.cut, size)) for size in smaller]
+        best = _first_that_fits(each, capacity)
         size = best.cut.per_device
-        yield f"micro-batches of {size}", {"training.per_device_train_batch_size": size}, best
+        yield _Change(f"micro-batches of {size}", {"training.per_device_train_batch_size": size}, best)
     if job.lora is not None and job.quantization is None:
         options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        changed = estimate(
-            _quantized(model, job), data, _with(job, quantization=options), cut, strategy, device
-        )
-        yield "4-bit weights", {f"quantization.{key}": value for key, value in options.items()}, changed
-    training = job.training.options
-    if not training.get("gradient_checkpointing", DEFAULTS["gradient_checkpointing"]):
-        changed = estimate(model, data, _training(job, gradient_checkpointing=True), cut, strategy, device)
-        yield "gradient checkpointing", {"training.gradient_checkpointing": True}, changed
-    if data.tower_tokens and model.model_type not in FIXED_IMAGES:
-        changed = estimate(model, _half_the_side(data), job, cut, strategy, device)
-        yield "images of half the side", {"model.processor": _half_the_size(job)}, changed
-    if "8bit" not in training.get("optim", DEFAULTS["optim"]):
-        changed = estimate(model, data, _training(job, optim="adamw_bnb_8bit"), cut, strategy, device)
-        yield "8-bit optimizer", {"training.optim": "adamw_bnb_8bit"}, changed
+        made = replace(it, model=_quantized(it.model, job), job=_with(job, quantization=options))
+        yield _Change("4-bit weights", {f"quantization.{key}": value for key, value in options.items()}, made)
+    if not it.option("gradient_checkpointing"):
+        made = replace(it, job=_training(job, gradient_checkpointing=True))
+        yield _Change("gradient checkpointing", {"training.gradient_checkpointing": True}, made)
+    if it.data.tower_tokens and it.model.model_type not in FIXED_IMAGES:
+        made = replace(it, data=_half_the_side(it.data))
+        yield _Change("images of half the side", {"model.processor": _half_the_size(job)}, made)
+    if "8bit" not in it.option("optim"):
+        made = replace(it, job=_training(job, optim="adamw_bnb_8bit"))
+        yield _Change("8-bit optimizer", {"training.optim": "adamw_bnb_8bit"}, made)
     if job.model.dtype == "float32":
-        with_bfloat16 = job.model_copy(update={"model": job.model.model_copy(update={"dtype": "bfloat16"})})
-        yield (
-            "bfloat16",
-            {"model.dtype": "bfloat16"},
-            estimate(model, data, with_bfloat16, cut, strategy, device),
-        )
-    possible = [one for one in SHARDED if one != "fsdp2" or not (job.quantization or {}).get("load_in_8bit")]
-    if cut.world > 1:
-        for other in possible:
-            if other != strategy:
-                changed = estimate(model, data, job, cut, other, device)
-                yield f"{other} over {cut.world} devices", {"launch.strategy": other}, changed
-    yield from _more_devices(model, data, job, cut, strategy, device, capacity)
+        made = replace(it, job=_with(job, model=job.model.model_copy(update={"dtype": "bfloat16"})))
+        yield _Change("bfloat16", {"model.dtype": "bfloat16"}, made)
+    if it.cut.world > 1:
+        for other in SHARDED:
+            if other != it.strategy:
+                name = f"{other} over {it.cut.world} devices"
+                yield _Change(name, {"launch.strategy": other}, replace(it, strategy=other))
+    yield from _more_devices(it, capacity)
 
 
-def _more_devices(
-    model: ModelFacts,
-    data: DataFacts,
-    job: Job,
-    cut: Geometry,
-    strategy: Strategy,
-    device: Device,
-    capacity: int,
-) -> Iterator[_Change]:
+def _more_devices(it: Subject, capacity: int) -> Iterator[_Change]:
     """The first multiple of the devices that fits, else the last, with the same global batch."""
-    best: _Change | None = None
+    strategy: Strategy = it.strategy if it.strategy in SHARDED else "zero3"
+    made = []
     for times in MORE_DEVICES:
-        world = cut.world * times
-        usable = sizes(cut.global_batch_size, world)
-        if not usable or (best is not None and best[2].high <= capacity):
+        world = it.cut.world * times
+        usable = sizes(it.cut.global_batch_size, world)
+        if not usable:
             break
-        if job.training.sorts and cut.per_device not in usable:  # another size would be another loss
+        if it.job.training.sorts and it.cut.per_device not in usable:  # another size would be another loss
             break
-        more = geometry(job, world, at_most=cut.per_device)
-        other: Strategy = strategy if strategy in SHARDED else "zero3"
-        keys = {"launch.strategy": other, "launch.gpus_per_node": world // job.launch.nodes}
-        best = f"{world} devices, {other}", keys, estimate(model, data, job, more, other, device)
-    if best is not None:
-        yield best
+        cut = geometry(it.job, world, at_most=it.cut.per_device)
+        made.append(replace(it, cut=cut, strategy=strategy))
+    if made:
+        best = _first_that_fits(made, capacity)
+        world = best.cut.world
+        keys = {"launch.strategy": strategy, "launch.gpus_per_node": world // it.job.launch.nodes}
+        yield _Change(f"{world} devices, {strategy}", keys, best)
+
+
+def _first_that_fits(made: Sequence[Subject], capacity: int) -> Subject:
+    """Else the last."""
+    return next((one for one in made if estimate(one).high <= capacity), made[-1])
 
 
 def _quantized(model: ModelFacts, job: Job) -> ModelFacts:

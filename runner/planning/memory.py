@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from runner.errors import UsageError
-from runner.facts import DataFacts, ModelFacts
 from runner.job.matrix_strategies import splits
-from runner.manifest import Job
-from runner.memory import GPUS, Choice, Estimate, choose, estimate, levers
+from runner.memory import GPUS, Choice, Estimate, Subject, choose, estimate, levers
 from runner.memory.terms import Device
-from runner.plan import Geometry, Strategy, recut, sizes
+from runner.plan import recut, sizes
 
 CPU = "cpu"
 """The device of `--gpu` that is none: a process on a CPU."""
@@ -50,57 +48,55 @@ def where(gpu: str | None) -> Where:
     return Where(gpu)
 
 
-def chosen(job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, at: Where) -> Choice:
-    """The strategy that the job names, else the one that `auto` takes."""
-    asked = job.launch.strategy
-    if asked == "auto" or cut.world == 1:
-        return choose(model, data, job, cut, at.device, at.capacity, splits(job))
-    return Choice(asked, "named by the job", estimate(model, data, job, cut, asked, at.device))
+def chosen(it: Subject, at: Where) -> Choice:
+    """The strategy that the job names, else the one that `auto` takes; `it` is of any."""
+    asked = it.job.launch.strategy
+    if asked == "auto" or it.cut.world == 1:
+        return choose(it, at.capacity, splits(it.job))
+    return Choice(asked, "named by the job")
 
 
-def sized(
-    job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, strategy: Strategy, at: Where
-) -> Geometry:
-    """The cut with the per-device size that memory is counted for.
+def sized(it: Subject, at: Where) -> Subject:
+    """The job with the per-device size that memory is counted for.
 
     per_device    capacity    answer
     a number      -           it
     auto          unknown     1: a run finds out what fits
     auto          known       the largest that surely fits, else 1
     """
-    if job.training.per_device_train_batch_size != "auto":
-        return cut
+    if it.job.training.per_device_train_batch_size != "auto":
+        return it
     if at.capacity is not None:
-        for size in sizes(cut.global_batch_size, cut.world):
-            tried = recut(cut, size)
-            found = estimate(model, data, job, tried, strategy, at.device)
-            if size <= cut.per_device and found.verdict(at.capacity) == "fits":
+        for size in sizes(it.cut.global_batch_size, it.cut.world):
+            tried = replace(it, cut=recut(it.cut, size))
+            if size <= it.cut.per_device and estimate(tried).verdict(at.capacity) == "fits":
                 return tried
-    return recut(cut, 1)
+    return replace(it, cut=recut(it.cut, 1))
 
 
-def section(
-    job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, choice: Choice, at: Where
-) -> dict[str, Any]:
-    """`memory` of the document."""
-    strategy = choice.strategy
-    counted = sized(job, model, data, cut, strategy, at)
-    found = estimate(model, data, job, counted, strategy, at.device)
+def section(it: Subject, at: Where) -> dict[str, Any]:
+    """`memory` of the document.
+
+    Args:
+        it: of any strategy.
+    """
+    choice = chosen(it, at)
+    counted = sized(replace(it, strategy=choice.strategy), at)
+    found = estimate(counted)
     verdict = None if at.capacity is None else found.verdict(at.capacity)
-    wanted = at.capacity is not None and verdict != "fits"
     return {
         "gpu": at.name,
         "capacity": at.capacity,
-        "strategy": strategy,
+        "strategy": choice.strategy,
         "reason": choice.reason,
-        "per_device": counted.per_device,
+        "per_device": counted.cut.per_device,
         "low": found.low,
         "high": found.high,
         "terms": {term.name: {"low": term.low, "high": term.high} for term in found.terms if term.high},
         "unknown": list(found.unknown),
         "verdict": verdict,
         "fits": [] if at.device == "cpu" else _fits(found),
-        "levers": _levers(job, model, data, counted, strategy, at) if wanted else [],
+        "levers": [] if at.capacity is None or verdict == "fits" else _levers(counted, at.capacity),
     }
 
 
@@ -110,11 +106,7 @@ def _fits(found: Estimate) -> list[str]:
     return [name for name, gpu in types if found.verdict(gpu.usable) == "fits"]
 
 
-def _levers(
-    job: Job, model: ModelFacts, data: DataFacts, cut: Geometry, strategy: Strategy, at: Where
-) -> list[dict[str, Any]]:
-    assert at.capacity is not None
-    pulled = levers(model, data, job, cut, strategy, at.device, at.capacity)
+def _levers(it: Subject, capacity: int) -> list[dict[str, Any]]:
     return [
         {
             "name": lever.name,
@@ -123,5 +115,5 @@ def _levers(
             "high": lever.estimate.high,
             "verdict": lever.verdict,
         }
-        for lever in pulled[:_LEVERS]
+        for lever in levers(it, capacity)[:_LEVERS]
     ]

@@ -6,34 +6,15 @@ from typing import Any
 
 from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
+from runner.memory.terms import DEFAULTS, OPTIMIZERS
 from runner.plan import Geometry, Strategy, steps_per_epoch, total_steps, warmup_steps
 from runner.supervisor.pace import UNMEASURED_SAVE, save_interval
 
 RATE = 50e6
 """Bytes a second that a commit is taken to bring to its store; a run measures its own."""
 
-OPTIMIZERS: dict[str, float] = {
-    "adamw_torch": 8,
-    "adamw_torch_fused": 8,
-    "stable_adamw": 8,
-    "paged_adamw_32bit": 8,
-    "adamw_8bit": 2,
-    "adamw_bnb_8bit": 2,
-    "paged_adamw_8bit": 2,
-    "lion_32bit": 4,
-    "paged_lion_32bit": 4,
-    "lion_8bit": 1,
-    "paged_lion_8bit": 1,
-    "adagrad": 4,
-    "rmsprop": 4,
-    "sgd": 0,
-    "adafactor": 0,
-}
-"""`training.optim` -> bytes of moments for a trainable parameter; adafactor's are rows and columns only."""
-
-_DEFAULT_OPTIMIZER = "adamw_torch_fused"
 _LARGEST_STATE = 8
-"""Of an optimizer that is not in the table."""
+"""Bytes of moments for a parameter, of an optimizer that is not in the table."""
 
 _STEP_BYTES = 170
 """Of a line of steps.jsonl and the same step in transformers' log, without its rows."""
@@ -87,7 +68,8 @@ def training_section(job: Job, data: DataFacts, cut: Geometry, strategy: Strateg
 def checkpoint_bytes(job: Job, model: ModelFacts, steps: int) -> int:
     """About the size of the last, largest checkpoint: trained parameters in float32, the optimizer's moments,
     and the record of all steps."""
-    state = OPTIMIZERS.get(job.training.options.get("optim", _DEFAULT_OPTIMIZER), _LARGEST_STATE)
+    optimizer = job.training.options.get("optim", DEFAULTS["optim"])
+    state = OPTIMIZERS[optimizer][0] if optimizer in OPTIMIZERS else _LARGEST_STATE
     record = steps * (_STEP_BYTES + _ROW_BYTES * job.training.global_batch_size)
     return int(trainable(model) * (4 + state)) + record + _OTHER_BYTES
 

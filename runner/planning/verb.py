@@ -16,6 +16,7 @@ from runner.durable import scratch
 from runner.facts import Answer, Question
 from runner.findings import Findings
 from runner.manifest import Job
+from runner.memory import Subject
 from runner.plan import geometry
 from runner.planning import memory, numbers, words
 from runner.planning.store import check_room, check_store
@@ -69,12 +70,11 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
 
     model = None if answer is None else answer.model
     data = None if answer is None else answer.data
-    choice = training = room = None
+    training = room = None
     if data is not None and cut is not None:
         if model is not None:
-            choice = memory.chosen(job, model, data, cut, at)
-            room = memory.section(job, model, data, cut, choice, at)
-        training = numbers.training_section(job, data, cut, None if choice is None else choice.strategy)
+            room = memory.section(Subject(model, data, job, cut, "single", at.device), at)
+        training = numbers.training_section(job, data, cut, None if room is None else room["strategy"])
     steps = None if training is None else training["steps"]
     size = None if model is None or steps is None else numbers.checkpoint_bytes(job, model, steps)
     checks.make("store", lambda: check_store(job, folder.path))

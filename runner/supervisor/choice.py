@@ -14,7 +14,7 @@ from runner.errors import RunnerError
 from runner.facts import Question
 from runner.job.matrix_strategies import splits
 from runner.manifest import Job
-from runner.memory import Choice, choose
+from runner.memory import Choice, Subject, choose
 from runner.memory.devices import MIB, USABLE
 from runner.plan import Fetched, Geometry
 from runner.supervisor.ask import ask
@@ -59,4 +59,4 @@ def chosen(
         return None
     if answer.model is None or answer.data is None:
         return None
-    return choose(answer.model, answer.data, job, cut, "cuda", has, splits(job))
+    return choose(Subject(answer.model, answer.data, job, cut, "ddp", "cuda"), has, splits(job))
