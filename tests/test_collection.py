@@ -56,6 +56,12 @@ OTHERS = ("run.json", "events/000001-1.jsonl", "jobs/1.yaml")
 """Objects that are not the collector's."""
 
 
+@pytest.fixture(autouse=True)
+def every_unchanged_file_is_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large ones are: what is deleted is hardest where checkpoints share objects."""
+    monkeypatch.setattr(commit, "SHARED_FROM", 0)
+
+
 class Killed(Exception):
     """The process has ended here."""
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from runner.checkpoint.commit import SHARED_FROM
 from runner.checkpoint.files import read, seal
 from runner.checkpoint.folder import FolderStore
 from runner.checkpoint.head import Entry, Head, Manifest, decode, encode
@@ -28,8 +29,8 @@ from tests.s3_server import BUCKET
 
 NEWEST, BEFORE = "00000004-000001-0001", "00000002-000001-0001"
 
-FILES = ("state.json", "state.bin", "checkpoint.json")
-"""Of a checkpoint; frozen.bin is the same in all of them, and one object."""
+FILES = ("state.json", "state.bin", "checkpoint.json", "frozen.bin")
+"""Of a checkpoint; frozen.bin is the same in all of them."""
 
 
 class Folder:
@@ -91,12 +92,12 @@ class Bucket:
 class Stopped:
     """A run that was stopped in step 5, with checkpoints of steps 2 and 4 in its store."""
 
-    def __init__(self, world: World, kind: str) -> None:
+    def __init__(self, world: World, kind: str, **script: int) -> None:
         self.world = world
         self.objects: Any = Folder(world) if kind == "folder" else Bucket(world)
         first = world.first
         first.job["checkpoints"] = {"uri": self.objects.uri}
-        process = first.start(at("step:3", "hold"), at("step:5", "crash:65"))
+        process = first.start(at("step:3", "hold"), at("step:5", "crash:65"), **script)
         first.wait_for(first.waiting(), process)
         first.wait_for(lambda: bool(first.said("commit")), process)
         (first.run / "attempts" / "1" / "go").touch()
@@ -179,7 +180,7 @@ def test_damaged_object_costs_the_way_to_the_checkpoint_before(
 def test_file_that_all_checkpoints_share_breaks_all_until_it_is_back(
     world: World, undisturbed: str, kind: str
 ) -> None:
-    run = Stopped(world, kind)
+    run = Stopped(world, kind, frozen_bytes=SHARED_FROM)
     key = run.key("frozen.bin")
     assert key == run.key("frozen.bin", step=2)
     kept = run.objects.get(key)
@@ -208,7 +209,9 @@ def test_way_back_goes_to_the_first_that_does_not_use_what_is_broken(world: Worl
     damage(run.objects, run.key("state.bin"), "delete")  # so that it goes on from 2, with another file
     first = world.first
     first.job["checkpoints"] |= {"keep_last": 6}
-    process = first.start(at("step:5", "hold", 2), at("step:6", "crash:65", 2), frozen_bytes=500, save=1)
+    process = first.start(
+        at("step:5", "hold", 2), at("step:6", "crash:65", 2), frozen_bytes=SHARED_FROM + 1, save=1
+    )
     first.wait_for(first.waiting(2), process)
     first.wait_for(lambda: run.head().newest.step == 4, process)
     (first.run / "attempts" / "2" / "go").touch()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from runner.checkpoint import commit
 from runner.checkpoint.collect import GRACE, garbage
 from runner.checkpoint.head import (
     HEAD,
@@ -307,7 +308,10 @@ def test_restore_on_another_machine_gives_what_was_committed(
     assert store.requests == fetched  # it is there already
 
 
-def test_unchanged_file_is_sent_once(a: Process, store: Unanswered, tmp_path: Path) -> None:
+def test_unchanged_large_file_is_sent_once(
+    a: Process, store: Unanswered, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "SHARED_FROM", len(b"{}"))
     config = hashlib.sha256(b"{}").hexdigest()
     for step in (2, 4):
         a.commit(step)
@@ -316,6 +320,18 @@ def test_unchanged_file_is_sent_once(a: Process, store: Unanswered, tmp_path: Pa
     b.restored()
     b.commit(6)
     assert [key for key in store.objects if config in key] == [blob_key(1, config, 0)]
+
+
+def test_no_two_checkpoints_share_a_small_file(a: Process, store: Unanswered, tmp_path: Path) -> None:
+    config = hashlib.sha256(b"{}").hexdigest()
+    for step in (2, 4):
+        a.commit(step)
+    a.lease.release()
+    b = Process(store, tmp_path, "b").taken()
+    b.restored()
+    b.commit(6)
+    keys = [blob_key(1, config, 0), blob_key(1, config, 1), blob_key(2, config, 0)]
+    assert [key for key in store.objects if config in key] == keys
 
 
 def test_run_without_checkpoints_restores_none(a: Process) -> None:
@@ -341,9 +357,8 @@ def test_any_damaged_object_costs_the_way_to_the_one_before(
     a = Process(store, tmp_path, "a").taken()
     old, new = a.commit(2), a.commit(4)
     needed = a.manifests.get(new).files
-    shared = {blob.key for blob in a.manifests.get(old).files.values()}
     kept = dict(store.objects)
-    for number, key in enumerate([new.key, *{blob.key for blob in needed.values()} - shared]):
+    for number, key in enumerate([new.key, *{blob.key for blob in needed.values()}]):
         store.objects = dict(kept)
         harm(store, key)
         b = Process(store, tmp_path, f"b{number}").taken()
@@ -431,7 +446,7 @@ def test_dropped_checkpoint_is_deleted_after_the_grace(a: Process, store: Unansw
     assert {first.key, state} <= set(deleted)
     assert not {first.key, state} & set(store.objects)
     assert a.collector.collect() == []
-    assert len(store.objects) == 1 + 2 + 2 * 2 + 1  # HEAD, manifests, states and checkpoint.json, config
+    assert len(store.objects) == 1 + 2 + 2 * 3  # HEAD, manifests, of each state, checkpoint.json and config
 
 
 def test_pinned_checkpoint_stays_until_its_pin_ends(a: Process, store: Unanswered) -> None:

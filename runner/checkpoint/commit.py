@@ -1,12 +1,16 @@
 """From a published folder to a committed checkpoint: blobs, then the manifest, then the swap of `HEAD`.
 
 Nothing that was sent counts before the swap is confirmed, and a kill anywhere leaves objects that nobody
-names. A file is not sent twice by one process. It never relies on what another process has sent, but for the
-files of the checkpoint that it restored and verified itself: those stay, because they are retained.
+names. A large file is not sent twice by one process. It never relies on what another process has sent, but
+for the files of the checkpoint that it restored and verified itself: those stay, because they are retained.
+
+A small file is sent with every checkpoint, under a key of its own: where all checkpoints share an object, its
+loss is the loss of all. (A rule of a bucket that deletes what is old would begin with just that one.)
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from runner.checkpoint.files import MANIFEST, FileRecord, Sealed, file_sha256
@@ -18,6 +22,9 @@ from runner.durable import disk
 from runner.errors import StorageError
 
 FILES_AT_ONCE = 4
+
+SHARED_FROM = 1 << 20
+"""Bytes from which an unchanged file is worth an object that several checkpoints share."""
 
 _COPIES = 8
 """Keys that are tried for one content, should the store hold something else under the first."""
@@ -36,7 +43,13 @@ class Committer:
         self._manifests = manifests
         self._keep_last = keep_last
         self._known: dict[str, str] = {}
-        """Keys of the contents that this process wrote or verified, by SHA-256."""
+        """Keys of the large contents that this process wrote or verified, by SHA-256."""
+        self._own: dict[str, str] = {}
+        """Keys of the small contents of the checkpoint under way: its commit may be tried again."""
+        self._under_way: str | None = None
+        """Its id."""
+        self._sent_copies: Counter[str] = Counter()
+        """Keys that this process wrote for a content."""
         self._spent: set[str] = set()
         """Keys that were deleted; a DELETE may arrive late, so they are never written again."""
         self._bad: tuple[str, ...] | None = None
@@ -44,7 +57,8 @@ class Committer:
 
     def trust(self, manifest: Manifest) -> None:
         """Rely on the blobs of a checkpoint that has just been verified."""
-        self._known.update((blob.sha256, blob.key) for blob in manifest.files.values())
+        large = [blob for blob in manifest.files.values() if blob.size >= SHARED_FROM]
+        self._known.update((blob.sha256, blob.key) for blob in large)
 
     def forget(self, key: str) -> None:
         """Never rely on a blob again, nor write its key: it is about to be deleted."""
@@ -84,6 +98,8 @@ class Committer:
             self._spent.update(self._known.values())
             self._known.clear()
         self._bad = bad
+        if self._under_way != sealed.id:
+            self._under_way, self._own = sealed.id, {}
         local = sealed.folder / MANIFEST
         with disk(f"send checkpoint {sealed.id}", sealed.folder):
             records = {
@@ -110,19 +126,21 @@ class Committer:
         return self._manifests.keep(key, manifest)
 
     def _send(self, sealed: Sealed, name: str, record: FileRecord) -> tuple[str, Blob]:
-        key = self._known.get(record.sha256)
+        keys = self._known if record.size >= SHARED_FROM else self._own
+        key = keys.get(record.sha256)
         if key is None:
-            key = self._sent(sealed, name, record)
-            self._known[record.sha256] = key
+            key = keys[record.sha256] = self._sent(sealed, name, record)
         return name, Blob(key=key, size=record.size, sha256=record.sha256)
 
     def _sent(self, sealed: Sealed, name: str, record: FileRecord) -> str:
         path = sealed.folder / name
-        for copy in range(_COPIES):
+        first = self._sent_copies[record.sha256]
+        for copy in range(first, first + _COPIES):
             key = blob_key(self._lease.head.epoch, record.sha256, copy)
             if key in self._spent:
                 continue
             if self._store.create_file(key, path, record.size, record.sha256):
+                self._sent_copies[record.sha256] = copy + 1
                 return key
         raise StorageError(
             f"send checkpoint {sealed.id}: {self._store.place} does not hold what was sent for {path}; "

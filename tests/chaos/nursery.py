@@ -43,6 +43,7 @@ class Hurry:
     """Seconds that readers have; 0 collects after every commit."""
     whole: int = 64 << 10
     part: int = 48 << 10
+    shared_from: int = 64 << 10
     pause: float = 0.05
     """Seconds before a failed call is made again."""
     defect: str | None = None
@@ -239,12 +240,13 @@ def _live(fields: dict[str, Any]) -> None:
 
 
 def _hurry(hurry: Hurry, fetched: str | None) -> None:
-    from runner.checkpoint import lease, s3, store
+    from runner.checkpoint import commit, lease, s3, store
     from runner.supervisor import custody, fetching
 
     custody.TTL, custody.RENEW_EVERY, custody.GRACE = hurry.ttl, hurry.renew, hurry.grace
     custody.LOOK, custody.SHORT = 0.02, 0.2
     lease.POLL, store.FIRST_PAUSE = hurry.poll, hurry.pause
+    commit.SHARED_FROM = hurry.shared_from
     s3.Settings = functools.partial(s3.Settings, whole=hurry.whole, part=hurry.part)
     if hurry.defect is not None:
         from tests.chaos import defects
