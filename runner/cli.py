@@ -172,8 +172,10 @@ def _split(words: list[str]) -> tuple[str | None, list[str]]:
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
+    from runner.supervisor.world import place
 
     resolved = resolve(*_split(arguments.words), os.environ)
+    place(resolved.job, gpus=0)  # refuses nodes that no machine could make do
     if arguments.resolved:
         say(resolved_yaml(resolved))
         return 0

@@ -133,7 +133,7 @@ class _Place:
         """
         if leader := self.environ.get("RUNNER_LEADER"):
             address, port = self._leader(leader)
-        if address is None or not (_HOST.fullmatch(address) or _IPV6.fullmatch(address)):
+        if address is None or not _is_host(address):
             said = missing if address is None else f"{address!r} is no host name or IP address"
             raise self.refusal(
                 source, said, "set RUNNER_LEADER=host:port on every node, host being that of node 0"
@@ -152,6 +152,15 @@ class _Place:
                 "write the host of node 0, as gpu003, gpu003:29400, 10.0.0.9 or [fd00::9]:29400",
             )
         return found["six"] or found["host"], port
+
+
+def _is_host(address: str) -> bool:
+    """Whether it may be looked up; a name that IDNA cannot write is none."""
+    try:
+        address.encode("idna")
+    except UnicodeError:
+        return False
+    return bool(_HOST.fullmatch(address) or _IPV6.fullmatch(address))
 
 
 def _explicit(place: _Place) -> Topology:

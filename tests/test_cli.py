@@ -34,6 +34,20 @@ def test_validate_answers_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
     assert out.startswith("valid: good") and "1 overridden" in out and "LoRA r=16" in out and err == ""
 
 
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["launch.nodes=3"], "3 nodes cannot cut a global batch of 8 evenly"),
+        (["launch.nodes=2", "launch.strategy=single"], "strategy single is one process"),
+    ],
+)
+def test_validate_refuses_nodes_that_no_machine_makes_do(
+    capsys: pytest.CaptureFixture[str], words: list[str], reason: str
+) -> None:
+    assert cli.main(["validate", GOOD, "training.global_batch_size=8", *words]) == 78
+    assert reason in capsys.readouterr().err
+
+
 def test_validate_prints_six_problems_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["validate", SIX]) == 78
     out, err = capsys.readouterr()

@@ -430,3 +430,5 @@ def test_rows_without_images_among_others_keep_the_weights_whole() -> None:
     for rows, strategy in ((data(), "zero3"), (some, "zero2")):
         it = Subject(model(job), rows, job, geometry(job, 2), "ddp", "cuda")
         assert choose(it, capacity=1).strategy == strategy
+        split = {one.estimate.strategy for one in levers(it, capacity=1)} & {"zero3", "fsdp2"}
+        assert split == ({"zero3", "fsdp2"} if strategy == "zero3" else set())

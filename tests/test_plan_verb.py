@@ -238,6 +238,16 @@ def test_an_image_that_does_not_decode_is_named(here: Path) -> None:
     assert "more than 20 tokens" in failed(document)["rows of datasets.train"]
 
 
+def test_processes_that_cannot_cut_the_batch_are_said_as_in_training(here: Path) -> None:
+    few = "datasets.train[0].split=train[:8]"
+    code, document = planned(SFT, few, "launch.gpus_per_node=3")
+    assert (code, document["training"]["world"]) == (0, 2)
+    assert document["notes"][0].startswith("3 processes cannot cut a global batch of 32 evenly; 2 are used")
+    code, document = planned(SFT, few, "launch.nodes=3", "launch.gpus_per_node=2")
+    assert (code, document["training"]) == (78, None)
+    assert "3 nodes cannot cut a global batch of 32 evenly" in failed(document)["geometry"]
+
+
 def test_a_source_that_is_not_there_ends_the_looking_and_not_the_store(here: Path) -> None:
     code, document = planned(SFT, "datasets.train[0].path=./nowhere")
     assert code == 65 and list(failed(document)) == ["sources"]

@@ -8,20 +8,29 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from runner.errors import Preempted, RunnerError
+from runner.manifest import Job
+from runner.plan import Fetched, Plan, geometry
 from runner.supervisor.attempt import Ended
 from runner.supervisor.follow import GroupEnd
+from runner.supervisor.hello import Hello, job_hashes
+from runner.supervisor.identity import Identity
 from runner.supervisor.notices import Notices
 from runner.supervisor.ranks import Exit
 from runner.supervisor.seen import Seen
-from runner.supervisor.team import together
+from runner.supervisor.team import Team, together
+from runner.supervisor.uplink import Uplink
 from runner.supervisor.verdict import Outcome
+from runner.topology import Topology
 from tests.machines import Bench, Command
+from tests.small_job import SMALL
 
 # --- how an attempt ended ---
 
@@ -192,6 +201,53 @@ def test_a_node_that_is_lost_before_any_commit_ends_the_other_with_1(pair: Pair)
     code, output = zero.finish()
     assert code == 1, output
     assert "node 1 is lost: " in output and "nothing was committed" in output
+
+
+@pytest.mark.parametrize(("progressed", "kind"), [(False, RunnerError), (True, Preempted)])
+def test_a_node_that_comes_back_smaller_ends_the_command(
+    tmp_path: Path, progressed: bool, kind: type[RunnerError]
+) -> None:
+    """Before the next attempt: it would be asked for ranks that it has no GPU for."""
+    job = Job.model_validate(SMALL | {"launch": {"nodes": 2}})
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    said: list[str] = []
+    deadline = time.monotonic() + 30
+
+    def pause() -> None:
+        assert time.monotonic() < deadline, said
+        time.sleep(0.01)
+
+    def until(line: str) -> None:
+        while not any(one.startswith(line) for one in said):
+            team.look()
+            pause()
+
+    def node(count: int) -> Uplink:
+        hello = Hello(run=job.name, node=1, nodes=2, processes=count, job=job_hashes(job))
+        return Uplink(hello, "127.0.0.1", port, lambda: None)
+
+    plan = Plan(
+        purpose="train",
+        job=job,
+        run_dir=tmp_path,
+        attempt=2,
+        attempt_dir=tmp_path,
+        geometry=geometry(job, 4),
+        fetched=Fetched(model="", train=[], eval=[]),
+        save_seconds=1.0,
+    )
+    here = Topology(0, 2, "127.0.0.1", port, "")
+    with Notices() as notices, Team(job, here, 2, notices, said.append) as team:
+        with node(2):
+            assert team.gather(pause) == [2]
+        until("node 1 is lost")
+        if progressed:
+            team.progress(3)
+        with node(1), pytest.raises(RunnerError, match="node 1 came back and offers 1 of 2") as ended:
+            until("node 1 is here")
+            team.begin(plan, Identity(job={}, pins={}, fingerprints={}, versions={}), pause)
+    assert type(ended.value) is kind
 
 
 def test_three_nodes_for_a_batch_of_eight_are_78_before_anything_is_done(bench: Bench) -> None:

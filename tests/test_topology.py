@@ -73,6 +73,12 @@ def test_a_place(
         ({"RUNNER_NODE_RANK": "1", "RUNNER_LEADER": "a:0"}, "here", "RUNNER_LEADER", "no host and port"),
         ({"RUNNER_NODE_RANK": "1", "RUNNER_LEADER": "a:x"}, "here", "RUNNER_LEADER", "no host and port"),
         ({"RUNNER_NODE_RANK": "1", "RUNNER_LEADER": "//a"}, "here", "RUNNER_LEADER", "no host and port"),
+        (
+            {"RUNNER_NODE_RANK": "1", "RUNNER_LEADER": "xn--h\u00f6st"},
+            "here",
+            "RUNNER_NODE_RANK",
+            "no host name",
+        ),
         (TORCH | {"PET_NNODES": "4"}, "here", "PET_NNODES", "launch.nodes is 2"),
         (TORCH | {"PET_NNODES": "1:4"}, "here", "PET_NNODES", "started on 1:4 nodes"),
         (TORCH | {"PET_NNODES": ""}, "here", "PET_NNODES", "an unknown number of nodes"),

@@ -64,9 +64,7 @@ def choose(it: Subject, capacity: int | None, possible: Sequence[Strategy] = ("z
         high = estimate(replace(it, strategy="ddp")).high
         return Choice("ddp", f"the simplest; what a device has is not known, and it may need {_gib(high)}")
     tried: list[str] = []
-    some_without = it.data.images.largest > 0 and it.data.images.mean < 1
-    # Weights in parts want an image in every row or in none.
-    order = ("ddp", *(one for one in possible if one != "zero3" or not some_without))
+    order = ("ddp", *(one for one in possible if not _wants_images(it, one)))
     if it.job.training.per_device_train_batch_size == "auto":
         it = replace(it, cut=recut(it.cut, 1))  # what fits with one row at once; how many more is found later
     for strategy in order:
@@ -79,7 +77,7 @@ def choose(it: Subject, capacity: int | None, possible: Sequence[Strategy] = ("z
 
 
 def levers(it: Subject, capacity: int) -> list[Lever]:
-    """The single changes that save memory and that `validate` takes, the largest saving first.
+    """The single changes that save memory and that `validate` and the rows take, the largest saving first.
 
     Args:
         capacity: bytes of one device (`Gpu.usable`).
@@ -88,9 +86,16 @@ def levers(it: Subject, capacity: int) -> list[Lever]:
     found = []
     for change in _changes(it, capacity):
         made = estimate(change.made)
-        if made.high < now and not refused(change.made.job, change.made.strategy):
+        strategy = change.made.strategy
+        if made.high < now and not (refused(change.made.job, strategy) or _wants_images(it, strategy)):
             found.append(Lever(change.name, change.keys, made, now - made.high, made.verdict(capacity)))
     return sorted(found, key=lambda lever: -lever.saves)
+
+
+def _wants_images(it: Subject, strategy: Strategy) -> bool:
+    """Whether weights in parts, which want an image in every row or in none, meet rows that have none among
+    others."""
+    return strategy in ("zero3", "fsdp2") and it.data.images.largest > 0 and it.data.images.mean < 1
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from runner.facts import Answer, Question
 from runner.findings import Findings
 from runner.manifest import Job
 from runner.memory import Subject
-from runner.plan import geometry
+from runner.plan import Geometry, geometry
 from runner.planning import memory, numbers, words
 from runner.planning.store import check_room, check_store
 from runner.settings import Resolved
@@ -28,7 +28,7 @@ from runner.supervisor.fetching import fetched
 from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen
 from runner.supervisor.run_folder import RunFolder
-from runner.supervisor.world import worlds
+from runner.supervisor.world import Placement, place
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
     job, at = resolved.job, memory.where(asked.gpu)
     folder = RunFolder((asked.runs / job.name).absolute())
     checks = Findings()
-    cut = checks.make("geometry", lambda: geometry(job, processes(job)))
+    placement, cut = checks.make("geometry", lambda: _cut(job)) or (None, None)
     answer, found = _looked_at(job, folder, asked.sample, checks)
 
     model = None if answer is None else answer.model
@@ -82,7 +82,7 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
         checks.make("room for checkpoints", lambda: check_room(job, folder.path, size))
     grace = checks.make("grace", lambda: grace_seconds(os.environ))
     speed, source = _throughput(folder, asked.steps_per_second)
-    place = run_place(job.checkpoints.uri, job.name, folder.path)
+    where = run_place(job.checkpoints.uri, job.name, folder.path)
     return {
         "format": 1,
         "name": job.name,
@@ -97,21 +97,23 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
         "eval_rows": None if answer is None else answer.eval_rows,
         "training": training,
         "memory": room,
-        "checkpoints": numbers.checkpoints_section(job, place, size),
+        "checkpoints": numbers.checkpoints_section(job, where, size),
         "grace": numbers.grace_section(grace, size, speed),
         "time": numbers.time_section(steps, speed, source, asked.price_per_hour),
         "downloads": _downloads(job, found),
-        "notes": [] if answer is None else answer.notes,
+        "notes": [
+            *(() if placement is None else placement.lines),
+            *(() if answer is None else answer.notes),
+        ],
         "checks": [check.model_dump() for check in checks.made],
     }
 
 
-def processes(job: Job) -> int:
-    """Training processes; a job that takes every GPU it finds is planned for one a machine."""
-    each = job.launch.gpus_per_node
-    there = job.launch.nodes * (each if isinstance(each, int) else 1)
-    most = 1 if job.launch.strategy == "single" else there
-    return max((count for count in worlds(job) if count <= most), default=most)
+def _cut(job: Job) -> tuple[Placement, Geometry]:
+    """The processes and how they cut the batch; a job that takes every GPU it finds is planned for one a
+    machine."""
+    placement = place(job, gpus=0)
+    return placement, geometry(job, placement.world)
 
 
 def _looked_at(

@@ -99,8 +99,10 @@ class Team:
             self._hear()
             pause()
 
-        self._leader.gather(hear_and_pause, patience)
         self._hear()
+        while self._leader.missing:  # one may be lost in the moment in which the last one came
+            self._leader.gather(hear_and_pause, patience)
+            self._hear()
         return self._leader.processes[1:]
 
     def dismiss(self, pause: Pause) -> None:
@@ -113,11 +115,14 @@ class Team:
         here.
 
         Raises:
-            RunnerError: a node cannot run it, or is lost.
+            Preempted, RunnerError: a node cannot run it, or is lost.
         """
         if self._leader is None:
             return None
-        self.gather(pause)
+        each = plan.geometry.world // (len(self._others) + 1)
+        for node, offered in enumerate(self.gather(pause), start=1):
+            if offered < each:
+                raise self._broken_off(f"node {node} came back and offers {offered} of {each} processes")
         self._attempt = plan.attempt
         self._ready, self._ended, self._lost = set(), {}, {}
         assert self._leader.address is not None  # known since the first of them joined
@@ -126,7 +131,7 @@ class Team:
             plan=plan,
             pins=identity.pins,
             fingerprints=identity.fingerprints,
-            processes=[plan.geometry.world // (len(self._others) + 1)] * (len(self._others) + 1),
+            processes=[each] * (len(self._others) + 1),
             address=self._leader.address,
             port=free_port(),
         )
@@ -183,13 +188,15 @@ class Team:
             RunnerError: nothing was.
         """
         for node, reason in self._lost.items():
-            what = f"node {node} is lost: {reason}; the ranks of all nodes were ended"
-            if self._progressed:
-                raise Preempted(f"{what}; the same command on all nodes goes on from the last checkpoint")
-            raise RunnerError(
-                f"{what}; nothing was committed; remedy: look at its log, then give the same command again "
-                "on all nodes"
-            )
+            raise self._broken_off(f"node {node} is lost: {reason}; the ranks of all nodes were ended")
+
+    def _broken_off(self, what: str) -> RunnerError:
+        if self._progressed:
+            return Preempted(f"{what}; the same command on all nodes goes on from the last checkpoint")
+        return RunnerError(
+            f"{what}; nothing was committed; remedy: look at its log, then give the same command again on "
+            "all nodes"
+        )
 
     def _send(self, message: Message) -> None:
         if self._leader is not None:
