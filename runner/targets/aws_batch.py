@@ -16,7 +16,7 @@ RULES = 5
 
 
 def objects(one: Submission) -> list[Tree]:
-    """Arguments of register_job_definition and of submit_job, which names the definition without its revision."""
+    """Arguments of register_job_definition, and of submit_job, which names no revision of the definition."""
     template, place = load("aws-batch.json"), one.job.aws_batch or AwsBatch()
     tags = {**place.tags, **one.labels}
     name = f"vlm-runner-{one.job.name}"

@@ -66,6 +66,7 @@ def _task(one: Submission, place: GcpBatch, template: Tree) -> Tree:
         "--security-opt=no-new-privileges",
         "--tmpfs=/tmp:rw,mode=1777",
         f"--shm-size={mebibytes(resources.shm)}m",
+        *(["--gpus=all"] if resources.gpu else []),
     ]
     runnable = merge(
         template["runnables"][0],
@@ -89,10 +90,14 @@ def _task(one: Submission, place: GcpBatch, template: Tree) -> Tree:
 
 def _machines(one: Submission, place: GcpBatch, template: Tree) -> Tree:
     resources = one.job.resources
+    gigabytes = -(-mebibytes(resources.ephemeral_storage) // 1024)
     policy: Tree = {
         "machineType": place.machine_type,
         "provisioningModel": "SPOT" if resources.spot else "STANDARD",
-        "bootDisk": {"sizeGb": str(-(-mebibytes(resources.ephemeral_storage) // 1024))},
+        "bootDisk": {
+            "image": "batch-debian",
+            "sizeGb": str(-(-mebibytes(resources.ephemeral_storage) // 1024)),
+        },
     }
     instance: Tree = {"policy": policy}
     if resources.gpu:

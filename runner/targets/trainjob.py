@@ -71,11 +71,8 @@ def _train_job(submission: Submission) -> Tree:
         "resourcesPerNode": container["resources"],
         "env": changed,
     }
-    about = template["metadata"]
-    node: dict[str, Any] = {
-        "name": "node",
-        "template": {"spec": {"template": {"metadata": about, "spec": pods}}},
-    }
+    of_pods = {"template": {"metadata": template["metadata"], "spec": pods}}
+    node: Tree = {"name": NODE, "template": {"spec": of_pods}}
     patch: Tree = {
         "metadata": merge(metadata(submission), {"labels": queue_labels(job)}),
         "spec": {
