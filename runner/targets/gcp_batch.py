@@ -94,10 +94,8 @@ def _machines(one: Submission, place: GcpBatch, template: Tree) -> Tree:
     policy: Tree = {
         "machineType": place.machine_type,
         "provisioningModel": "SPOT" if resources.spot else "STANDARD",
-        "bootDisk": {
-            "image": "batch-debian",
-            "sizeGb": str(-(-mebibytes(resources.ephemeral_storage) // 1024)),
-        },
+        # Debian: the default for containers alone has no shell for the first runnable.
+        "bootDisk": {"image": "batch-debian", "sizeGb": str(gigabytes)},
     }
     instance: Tree = {"policy": policy}
     if resources.gpu:
