@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from runner import places
 from runner.errors import JobError, Problem
 from runner.job.yaml_source import MAX_CHARACTERS
 from runner.settings import resolve
@@ -253,3 +254,17 @@ def test_values_that_no_section_takes(key: str, value: str) -> None:
     with pytest.raises(JobError) as refused:
         resolve(str(ROOT / "jobs" / "demo-sft.yaml"), [f"{key}={value}"], {})
     assert refused.value.problems[0].path == key
+
+
+@pytest.mark.parametrize(
+    "section", ["Resources", "Toleration", "Kubernetes", "SecretVariable", "AwsBatch", "GcpBatch"]
+)
+def test_every_key_is_described(section: str) -> None:
+    fields = getattr(places, section).model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
+    bare = [
+        name
+        for name, field in fields.items()
+        if field.default is None and "Null" not in str(field.description)
+    ]
+    assert bare == [], "what null means"
