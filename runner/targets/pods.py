@@ -158,7 +158,7 @@ def _spec(submission: Submission, spec: Tree) -> Tree:
     selector = dict(place.node_selector)
     if job.resources.gpu_type is not None:
         selector[place.gpu_type_label] = job.resources.gpu_type
-    period, counted_on = _grace(place, spec, job.resources.spot)
+    period, counted_on = _grace(job, spec)
     patch: Tree = {
         "terminationGracePeriodSeconds": period,
         "serviceAccountName": place.service_account,
@@ -175,31 +175,34 @@ def _spec(submission: Submission, spec: Tree) -> Tree:
     return patch
 
 
-def grace(place: Kubernetes, at_most: int, leaves: int | None) -> tuple[int, int]:
-    """Seconds from SIGTERM to the kill, and those that the supervisor may count on.
+def grace(resources: Resources, place: Kubernetes, period: int, leaves: int) -> tuple[int, int | None]:
+    """Seconds from SIGTERM to the kill, and those that the supervisor may count on; None: nobody knows.
 
-    termination_grace_seconds   notice_seconds   template      result
-    null                        null             110, -        110, 110
-    60                          null             110, -        60, 60
-    null                        null             25, 15 (GKE)  25, 15
-    60                          null             25, 15        60, 15
-    null                        120              25, 15        120, 120
-    60                          120              25, 15        60, 60
+    spot   cloud   termination_grace_seconds   notice_seconds   template   result
+    no     any     null                        null             110, 110   110, 110
+    no     any     60                          null             110, 110   60, 60
+    yes    gke     null                        null             25, 15     25, 15
+    yes    gke     60                          null             25, 15     60, 15
+    yes    gke     null                        120              25, 15     120, 120
+    yes    gke     60                          120              25, 15     60, 60
+    yes    null    null                        null             110, 110   110, None
+    yes    null    null                        30               110, 110   30, 30
 
     Args:
-        at_most: the template's terminationGracePeriodSeconds.
-        leaves: what its spot nodes leave a pod; None: nobody takes the node away.
+        period: the template's terminationGracePeriodSeconds.
+        leaves: its RUNNER_GRACE_SECONDS, what its spot nodes leave a pod.
     """
-    given = place.termination_grace_seconds
-    notice = leaves if place.notice_seconds is None else place.notice_seconds
-    period = given or place.notice_seconds or at_most
-    return period, period if notice is None else min(period, notice)
+    grace_period = place.termination_grace_seconds or place.notice_seconds or period
+    if not resources.spot:
+        return grace_period, grace_period
+    if place.notice_seconds is not None:
+        return grace_period, min(grace_period, place.notice_seconds)
+    return grace_period, None if place.cloud is None else min(grace_period, leaves)
 
 
-def _grace(place: Kubernetes, spec: Tree, spot: bool) -> tuple[int, int]:
+def _grace(job: Job, spec: Tree) -> tuple[int, int | None]:
     told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == "RUNNER_GRACE_SECONDS")
-    leaves = int(told) if spot and place.cloud is not None else None
-    return grace(place, spec["terminationGracePeriodSeconds"], leaves)
+    return grace(job.resources, kubernetes(job), spec["terminationGracePeriodSeconds"], int(told))
 
 
 def _tolerations(job: Job, base: list[Tree]) -> list[Tree]:
@@ -208,12 +211,13 @@ def _tolerations(job: Job, base: list[Tree]) -> list[Tree]:
     return [*kept, *more]
 
 
-def _container(submission: Submission, grace_seconds: int) -> Tree:
+def _container(submission: Submission, grace_seconds: int | None) -> Tree:
     job, place = submission.job, kubernetes(submission.job)
-    env = {"RUNNER_GRACE_SECONDS": str(grace_seconds), **place.env}
     amounts = requests(job.resources)
     mounts: list[Tree] = []
-    variables = [{"name": name, "value": value} for name, value in env.items()]
+    variables = [{"name": name, "value": value} for name, value in place.env.items()]
+    told = {"$patch": "delete"} if grace_seconds is None else {"value": str(grace_seconds)}
+    variables.append({"name": "RUNNER_GRACE_SECONDS", **told})
     if place.hf_token_from is None:
         variables.append({"name": "HF_TOKEN_PATH", "$patch": "delete"})
         mounts.append({"mountPath": "/etc/secrets/hf", "$patch": "delete"})
