@@ -15,6 +15,7 @@ from runner.manifest import Job
 from runner.places import Kubernetes, Resources
 from runner.section import size
 from runner.settings import resolve
+from runner.supervisor.direct import grace_seconds
 from runner.targets import TARGETS, render, submission
 from runner.targets.batch import delivery
 from runner.targets.pods import grace
@@ -323,6 +324,9 @@ def test_the_grace_that_is_true(
 def test_a_grace_that_nobody_knows_is_not_told() -> None:
     job = render("kubernetes", submit(*PLACES, "resources.spot=true", "kubernetes.node_selector={a: b}"))[-1]
     assert "RUNNER_GRACE_SECONDS" not in variables(job["spec"]["template"]["spec"])
+    job = render("trainjob", submit(*PLACES, "resources.spot=true", "kubernetes.node_selector={a: b}"))[-1]
+    assert job["spec"]["trainer"]["env"] == [{"name": "RUNNER_GRACE_SECONDS", "value": ""}]
+    assert grace_seconds({"RUNNER_GRACE_SECONDS": ""}) is None
 
 
 @pytest.mark.parametrize(

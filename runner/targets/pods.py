@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from runner import __version__, exits
+from runner import __version__
 from runner.manifest import Job
 from runner.places import Kubernetes, Resources
 from runner.section import seconds
@@ -13,11 +11,9 @@ from runner.targets.template import Tree, load, merge
 
 BASE = "kubernetes/base/train.yaml"
 GPU = "nvidia.com/gpu"
+GRACE = "RUNNER_GRACE_SECONDS"
 TRAINER = "trainer"
 """Name of the container."""
-
-DISRUPTED: Tree = {"type": "DisruptionTarget", "status": "True"}
-"""The condition of a pod whose node was taken away, drained, or needed by others."""
 
 
 def kubernetes(job: Job) -> Kubernetes:
@@ -78,11 +74,11 @@ def deadline(job: Job) -> int | None:
     return None if limit is None or kubernetes(job).queue is not None else int(seconds(limit))
 
 
-def metadata(submission: Submission, **more: Any) -> Tree:
+def metadata(submission: Submission) -> Tree:
     """Name, namespace and labels of an object beside the Job."""
     place = kubernetes(submission.job)
     where = {} if place.namespace is None else {"namespace": place.namespace}
-    return {"name": submission.name, **where, "labels": all_labels(submission), **more}
+    return {"name": submission.name, **where, "labels": all_labels(submission)}
 
 
 def config_map(submission: Submission) -> Tree:
@@ -102,54 +98,6 @@ def owned_by_jobset(template: Tree) -> Tree:
     uid = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
     variable = {"name": "RUNNER_JOB_UID", "valueFrom": uid}
     return merge(template, {"spec": {"containers": [{"name": container["name"], "env": [variable]}]}})
-
-
-def on_exit(action: str, codes: list[int], container: str = TRAINER) -> Tree:
-    """A rule of podFailurePolicy for exit codes."""
-    return {
-        "action": action,
-        "onExitCodes": {"containerName": container, "operator": "In", "values": codes},
-    }
-
-
-def on_disruption(action: str) -> Tree:
-    """A rule of podFailurePolicy for pods that had to go."""
-    return {"action": action, "onPodConditions": [dict(DISRUPTED)]}
-
-
-def gang_policy(container: str) -> Tree:
-    """podFailurePolicy of a Job whose pods start again together: each failure that says something ends it,
-    and whoever made it decides by `restart_rules`."""
-    return {
-        "rules": [
-            on_disruption("FailJob"),
-            on_exit("FailJob", exits.codes("no"), container),
-            on_exit("FailJob", exits.codes("uncounted"), container),
-        ]
-    }
-
-
-def restart_rules() -> list[Tree]:
-    """Rules of a JobSet's failurePolicy. What none matches restarts all, counted by maxRestarts.
-
-    A Job that a rule of its podFailurePolicy ended has the reason PodFailurePolicy, whatever the rule: exit
-    codes that are not retried are told from disruptions by the message.
-    """
-    codes = "|".join(str(code) for code in exits.codes("no"))
-    return [
-        {
-            "name": "giveUp",
-            "action": "FailJobSet",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-            "onJobFailureMessagePatterns": [f"failed with exit code ({codes}) matching"],
-        },
-        {"name": "outOfTime", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
-        {
-            "name": "goOn",
-            "action": "RestartJobSetAndIgnoreMaxRestarts",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-        },
-    ]
 
 
 def _spec(submission: Submission, spec: Tree) -> Tree:
@@ -201,7 +149,7 @@ def grace(resources: Resources, place: Kubernetes, period: int, leaves: int) -> 
 
 
 def _grace(job: Job, spec: Tree) -> tuple[int, int | None]:
-    told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == "RUNNER_GRACE_SECONDS")
+    told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == GRACE)
     return grace(job.resources, kubernetes(job), spec["terminationGracePeriodSeconds"], int(told))
 
 
@@ -217,7 +165,7 @@ def _container(submission: Submission, grace_seconds: int | None) -> Tree:
     mounts: list[Tree] = []
     variables = [{"name": name, "value": value} for name, value in place.env.items()]
     told = {"$patch": "delete"} if grace_seconds is None else {"value": str(grace_seconds)}
-    variables.append({"name": "RUNNER_GRACE_SECONDS", **told})
+    variables.append({"name": GRACE, **told})
     if place.hf_token_from is None:
         variables.append({"name": "HF_TOKEN_PATH", "$patch": "delete"})
         mounts.append({"mountPath": "/etc/secrets/hf", "$patch": "delete"})
