@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -21,14 +20,11 @@ from typing import NoReturn, TypeVar
 from runner import __version__
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
+from runner.job_words import SOURCES, job_arguments, split
+from runner.render_verb import RENDER
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
-
-SOURCES = """\
-JOB is a YAML file. Without it the job comes from JOB_FILE (a path) or JOB_YAML (the text itself).
-Values, strongest first: key=value here, JOB__SECTION__KEY in the environment, the file, the default.
-"""
 
 CODES = """\
 exit codes:
@@ -90,15 +86,8 @@ def _overview() -> str:
     ).rstrip()
 
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = f"{parser.description}\n\n{SOURCES}"
-    parser.add_argument(
-        "words", nargs="*", metavar="JOB key=value", help="the job file, and values that override it"
-    )
-
-
 def _validate_arguments(parser: argparse.ArgumentParser) -> None:
-    _job_arguments(parser)
+    job_arguments(parser)
     parser.add_argument(
         "--resolved",
         action="store_true",
@@ -107,7 +96,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    _job_arguments(parser)
+    job_arguments(parser)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
     )
@@ -157,24 +146,12 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     del parser  # takes nothing
 
 
-def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    """The job file and the overrides. A word is an override when a key could stand before its first `=`."""
-    overrides = [word for word in words if re.match(r"[^/\\=]*=", word)]
-    files = [word for word in words if word not in overrides]
-    if len(files) > 1:
-        raise UsageError(
-            f"read the command line: {len(files)} job files, {', '.join(files)}\n"
-            "    remedy: name one; write values as key=value, in quotes when they have blanks"
-        )
-    return (files[0] if files else None), overrides
-
-
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
     from runner.supervisor.world import place
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     place(resolved.job, gpus=0)  # refuses nodes that no machine could make do
     if arguments.resolved:
         say(resolved_yaml(resolved))
@@ -196,7 +173,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     from runner.planning.verb import Asked, plan
 
     asked = Asked(
@@ -212,7 +189,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)  # a bad job is answered before more is loaded
+    resolved = resolve(*split(arguments.words), os.environ)  # a bad job is answered before more is loaded
     from runner import launch
 
     return launch.train(resolved, arguments.runs)
@@ -221,7 +198,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     from runner import launch
 
     return launch.evaluate(resolved, arguments.runs, arguments.adapter)
@@ -285,6 +262,7 @@ VERBS: dict[str, Verb | Group] = {
         _evaluate_arguments,
         _evaluate,
     ),
+    "render": RENDER,
     "checkpoints": Group(
         "List, verify, pull and clear what a run has committed.",
         "  runner checkpoints ls s3://bucket/prefix/my-charts\n"
