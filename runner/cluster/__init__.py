@@ -1,0 +1,9 @@
+"""Jobs in somebody else's cluster: submit, follow, read and end them.
+
+verbs                          `runner submit | logs | cancel`
+kubectl, refusals              the seam to Kubernetes, and what its refusals mean
+jobs, waiting, kubernetes      submissions there: to find and make, why one waits, to follow
+batch, aws_batch               the seam to AWS Batch, and submissions there
+
+What is sent is what `runner render` prints (`runner.targets`), under a name of its own.
+"""
