@@ -289,7 +289,9 @@ class FakeCluster:
         kind, name = made["kind"], made["metadata"]["name"]
         _strict(made)
         if made["metadata"].get("namespace", namespace) != namespace:
-            raise Refusal(400, "BadRequest", "the namespace of the provided object does not match the request")
+            raise Refusal(
+                400, "BadRequest", "the namespace of the provided object does not match the request"
+            )
         if (resource, namespace, name) in self.objects:
             raise Refusal(409, "AlreadyExists", f'{resource} "{name}" already exists')
         if resource == "pods":
@@ -324,7 +326,8 @@ class FakeCluster:
             if asked > most:
                 what = f"requests.{resource}"
                 raise _forbidden(
-                    name, f"exceeded quota: team, requested: {what}={asked}, used: {what}=0, limited: {what}={most}"
+                    name,
+                    f"exceeded quota: team, requested: {what}={asked}, used: {what}=0, limited: {what}={most}",
                 )
 
 
@@ -431,7 +434,11 @@ def pod_of(cluster: FakeCluster, job: Object, new: bool = False) -> Object:
 def event_of(cluster: FakeCluster, document: Object, reason: str, message: str) -> None:
     """An event about an object, as the newest."""
     number = len(cluster.of("events"))
-    involved = {"kind": document["kind"], "name": document["metadata"]["name"], "uid": document["metadata"]["uid"]}
+    involved = {
+        "kind": document["kind"],
+        "name": document["metadata"]["name"],
+        "uid": document["metadata"]["uid"],
+    }
     cluster.put(
         "events",
         {

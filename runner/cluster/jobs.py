@@ -19,15 +19,15 @@ from runner.errors import AccessDenied, JobError, NotOwner, Problem, RunnerError
 
 Json = Mapping[str, Any]
 
-INSTANCE = "app.kubernetes.io/instance"
-"""The label with the name of the run."""
+RUN = "vlm-runner/run"
+"""The label with the name of the run (`runner.targets`)."""
 
 _KUEUE = "/apis/kueue.x-k8s.io"
 
 
 def submissions(kubectl: Kubectl, run: str) -> list[Json]:
     """The Jobs of a run, newest first."""
-    found = kubectl.get("jobs", labelSelector=f"{INSTANCE}={run}")
+    found = kubectl.get("jobs", labelSelector=f"{RUN}={run}")
     return sorted(found["items"], key=lambda job: job["metadata"]["creationTimestamp"], reverse=True)
 
 
@@ -115,7 +115,10 @@ def _try_queue(kubectl: Kubectl, job: Json, warn: Callable[[str], None]) -> None
     reason = f"{queue!r}: there is no such LocalQueue in {kubectl.where}"
     remedy = "name one of kubectl get localqueues"
     if not kueue:
-        reason, remedy = f"{queue!r}: {kubectl.where} has no Kueue", "remove kubernetes.queue, or install Kueue"
+        reason, remedy = (
+            f"{queue!r}: {kubectl.where} has no Kueue",
+            "remove kubernetes.queue, or install Kueue",
+        )
     raise JobError([Problem("kubernetes.queue", reason, remedy)])
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote, urlencode
 
 from runner.cluster.refusals import reason_of, refusal
-from runner.errors import StorageError, UsageError
+from runner.errors import RunnerError, StorageError, UsageError
 
 REQUEST = 30
 """Seconds that the API server has for an answer."""
@@ -43,12 +43,10 @@ Json = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Where:
-    """A namespace of a cluster, as the kubeconfig and the job name them."""
+    """A namespace of a cluster, as kubeconfig and job name them."""
 
     context: str
     namespace: str
-    named: bool
-    """The job names the context."""
 
     def __str__(self) -> str:
         return f"namespace {self.namespace}, context {self.context}"
@@ -66,17 +64,12 @@ class Kubectl:
     def __init__(self, context: str | None, namespace: str | None, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._context = [] if context is None else ["--context", context]
-        what = "read the kubeconfig"
         done = self._run(["config", "view", "--minify", "--output", "json"])
         if done.returncode:
-            raise refusal(what, done.stderr, named=context is not None)
+            raise refusal("read the kubeconfig", done.stderr)
         config = json.loads(done.stdout)
         [entry] = config["contexts"]
-        self.where = Where(
-            entry["name"],
-            namespace or entry["context"].get("namespace") or "default",
-            named=context is not None,
-        )
+        self.where = Where(entry["name"], namespace or entry["context"].get("namespace") or "default")
 
     def get(self, resource: str, name: str = "", **query: str) -> Any:
         """An object, or with selectors a list of them; None when it does not exist.
@@ -97,7 +90,9 @@ class Kubectl:
 
     def create(self, document: Json, dry_run: bool = False) -> Any:
         """Create an object, or let the server do all but that. Returns what it made of it."""
-        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"} | ({"dryRun": "All"} if dry_run else {})
+        query = {"fieldManager": MANAGER, "fieldValidation": "Strict"} | (
+            {"dryRun": "All"} if dry_run else {}
+        )
         path = self._path(_PLURALS[document["kind"]], "", query)
         what = f"{'try' if dry_run else 'create'} {document['kind']} {document['metadata']['name']}"
         done = self._run(["create", "--raw", path, "--filename", "-"], json.dumps(document))
@@ -152,8 +147,8 @@ class Kubectl:
         parts = f"{_GROUPS[resource]}/namespaces/{quote(self.where.namespace)}/{resource}"
         return f"{parts}{f'/{name}' if name else ''}{f'?{urlencode(query)}' if query else ''}"
 
-    def _refusal(self, what: str, stderr: str) -> Exception:
-        return refusal(f"{what} in {self.where}", stderr, self.where.named)
+    def _refusal(self, what: str, stderr: str) -> RunnerError:
+        return refusal(f"{what} in {self.where}", stderr)
 
     def _parsed(self, what: str, text: str) -> Any:
         try:

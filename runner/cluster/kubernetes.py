@@ -88,7 +88,7 @@ def named(kubectl: Kubectl, name: str) -> list[Json]:
         raise UsageError(
             f"{name}: there is no run and no submission of this name in {kubectl.where}\n"
             "    remedy: name the job file, or one of kubectl get jobs "
-            "--selector app.kubernetes.io/name=vlm-runner"
+            "--selector app.kubernetes.io/managed-by=vlm-runner"
         )
     return [job]
 

@@ -1,7 +1,7 @@
 """What kubectl says when a request fails, as one of our errors. Nothing here calls anything.
 
-    Error from server (Forbidden): pods "a" is forbidden: exceeded quota: team, ...
-    Unable to connect to the server: dial tcp: lookup k8s.example: no such host
+Error from server (Forbidden): pods "a" is forbidden: exceeded quota: team, ...
+Unable to connect to the server: dial tcp: lookup k8s.example: no such host
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def reason_of(stderr: str) -> tuple[str, str]:
     return "", text or "kubectl said nothing"
 
 
-def refusal(what: str, stderr: str, named: bool) -> RunnerError:
+def refusal(what: str, stderr: str) -> RunnerError:
     """The error for a failed call of kubectl.
 
     reason                       message                            error
@@ -49,17 +49,18 @@ def refusal(what: str, stderr: str, named: bool) -> RunnerError:
     RequestEntityTooLarge
     any other                                                       74: it may pass
     none                         getting credentials                77
-    none                         context "a" does not exist         78 when the job names it, else 64
+    none                         context "a" does not exist         64
     none                         any other: no connection           74
 
     Args:
         what: the operation, as `create Job a in namespace b`.
-        named: the job names the context.
     """
     reason, message = reason_of(stderr)
     said = f"{what}: {message}"
     if reason == "Unauthorized":
-        return AccessDenied(f"{said}\n    remedy: log in to the cluster again; kubectl auth whoami tells as whom")
+        return AccessDenied(
+            f"{said}\n    remedy: log in to the cluster again; kubectl auth whoami tells as whom"
+        )
     if reason == "Forbidden":
         if right := _RIGHTS.search(message):
             return AccessDenied(
@@ -72,19 +73,20 @@ def refusal(what: str, stderr: str, named: bool) -> RunnerError:
             return _job("kubernetes.namespace", said, remedy)
         return _job("kubernetes", said, "ask whether the cluster serves batch/v1, and is the one you mean")
     if reason in ("BadRequest", "Invalid", "RequestEntityTooLarge"):
-        return _job("kubernetes", said, "correct what it names; the cluster may be older than the job's fields")
+        return _job(
+            "kubernetes", said, "correct what it names; the cluster may be older than the job's fields"
+        )
     if reason:
         return StorageError(f"{said}\n    remedy: give the same command again")
-    return _unanswered(what, message, named)
+    return _unanswered(what, message)
 
 
-def _unanswered(what: str, message: str, named: bool) -> RunnerError:
+def _unanswered(what: str, message: str) -> RunnerError:
     said = f"{what}: {message}"
     if re.search(r"context .* does not exist|cannot locate context|no context exists", message):
-        remedy = "kubectl config get-contexts lists what this machine has"
-        return _job("kubernetes.context", said, remedy) if named else _usage(said, remedy)
+        return _usage(said, "kubectl config get-contexts lists what this machine has")
     if "current-context must exist" in message or "invalid configuration" in message:
-        return _usage(said, "name a context: kubectl config use-context, or kubernetes.context in the job")
+        return _usage(said, "name a context: kubectl config use-context NAME, or --context NAME")
     if "getting credentials" in message or "exec plugin" in message:
         return AccessDenied(f"{said}\n    remedy: install and log in with what the kubeconfig names")
     return StorageError(
