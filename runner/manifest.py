@@ -9,9 +9,12 @@ a file, the environment or the machine.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from runner.places import AwsBatch, GcpBatch, Kubernetes, Resources
+from runner.section import DURATION_PATTERN, Count, Section, Text, seconds
 
 Format = Literal[
     "vqa",
@@ -50,20 +53,18 @@ NAME_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 SPLIT_PATTERN = r"^\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?(\s*\+\s*\w+.*)?$"
 """`train`, `train[:10%]`, `train[100:200]+validation`: the grammar of `datasets.ReadInstruction`."""
 
-DURATION_PATTERN = r"^[0-9]+(\.[0-9]+)?(s|m|h)$"
-SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
 URI_PATTERN = r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^?#]*)?|file:///[^?#]+|[^:?#]+)$"
 """`s3://bucket/prefix`, or a folder: what `runner.checkpoint.place` opens."""
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Text = Annotated[str, Field(min_length=1)]
+TABLES = (".parquet", ".jsonl", ".json", ".csv")
+"""Ends of a dataset's path that is a file."""
 
 
-class Section(BaseModel):
-    """Strict (no "8" for 8), closed (no unknown key) and frozen."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, hide_input_in_errors=True)
+def looks_local(path: str, dataset: bool = False) -> bool:
+    """Whether a path is one of this machine by its spelling alone; any other may be a hub id, too."""
+    return (
+        path.startswith(("/", "./", "../", "~")) or path in (".", "..") or (dataset and path.endswith(TABLES))
+    )
 
 
 class Model(Section):
@@ -276,16 +277,12 @@ class Checkpoints(Section):
     @property
     def max_loss_seconds(self) -> float:
         """`max_loss` in seconds."""
-        return _seconds(self.max_loss)
+        return seconds(self.max_loss)
 
     @property
     def patience_seconds(self) -> float:
         """`store_patience` in seconds."""
-        return _seconds(self.store_patience)
-
-
-def _seconds(duration: str) -> float:
-    return float(duration[:-1]) * SECONDS[duration[-1]]
+        return seconds(self.store_patience)
 
 
 class Job(Section):
@@ -320,6 +317,14 @@ class Job(Section):
     evaluation: Evaluation | None = Field(default=None, description="Null: no evaluation by generation.")
     launch: Launch = Launch()
     checkpoints: Checkpoints = Checkpoints()
+    resources: Resources = Resources()
+    kubernetes: Kubernetes | None = Field(
+        default=None, description="Where and how it runs on a cluster. Null: it does not."
+    )
+    aws_batch: AwsBatch | None = Field(default=None, description="The same on AWS Batch. Null: it does not.")
+    gcp_batch: GcpBatch | None = Field(
+        default=None, description="The same on Google Cloud Batch. Null: it does not."
+    )
 
     @field_validator("quantization")
     @classmethod

@@ -95,8 +95,6 @@ def _secrets(node: Any, path: Path) -> Iterator[Finding]:
 def _unknown(path: Path, siblings: list[str]) -> Finding:
     """What to say about a key that is not known where it stands."""
     name, place = str(path[-1]), ".".join(part for part in path if isinstance(part, str))
-    if place in foreign.RESERVED:
-        return Finding(path, "the key is reserved for a later version", "remove it", at_key=True)
     if answer := foreign.FOREIGN_AT.get(place):
         return _instead(path, f"{name} is not a key here", answer.use, answer.note)
     if owned := OWNED.get(str(path[0]), {}).get(name) or OWNED["training"].get(name):

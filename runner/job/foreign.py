@@ -1,4 +1,4 @@
-"""Names from elsewhere, and names of later versions, each with the answer. Data only.
+"""Names from elsewhere, each with the answer. Data only.
 
 People bring jobs from LLaMA-Factory, Axolotl, ms-swift, TRL's command line and older transformers. A key that
 one of those would understand is answered with ours wherever it stands. Names that upstream still has at the
@@ -172,16 +172,6 @@ FOREIGN_AT: dict[str, Answer] = {
     "lora.rank": Answer("lora.r"),
 }
 """The same, for words that mean something else elsewhere. Indices are left out of the place."""
-
-RESERVED: frozenset[str] = frozenset(
-    {
-        "resources",
-        "kubernetes",
-        "aws_batch",
-        "gcp_batch",
-    }
-)
-"""Keys that a later version reads."""
 
 PROCESSOR: dict[str, Answer] = {
     "backend": Answer("model.image_backend"),

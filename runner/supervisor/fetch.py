@@ -28,14 +28,11 @@ from runner import demo
 from runner.checkpoint.files import verify
 from runner.durable import disk, write_text
 from runner.errors import AccessDenied, DataError, JobError, RunnerError, StorageError
-from runner.manifest import Job
+from runner.manifest import Job, looks_local
 from runner.plan import Fetched
 from runner.supervisor import hub
 from runner.supervisor.hub import Kind, Say
 from runner.supervisor.weights import Weights, check_model, find_weights
-
-TABLES = (".parquet", ".jsonl", ".json", ".csv")
-"""Endings of a dataset that is one file."""
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -125,9 +122,7 @@ def place(kind: Kind, path: str) -> Literal["demo", "local", "hub"]:
     """
     if path.startswith(demo.PREFIX):
         return "demo"
-    looks_local = path.startswith(("/", "./", "../", "~")) or path in (".", "..")
-    is_table = kind == "dataset" and path.endswith(TABLES)
-    if looks_local or is_table or Path(path).exists():
+    if looks_local(path, kind == "dataset") or Path(path).exists():
         return "local"
     if _HUB_ID.fullmatch(path):
         return "hub"

@@ -5,7 +5,8 @@ A copy lies in `runs/<name>/`: for `runner evaluate`, and to tell a run whose st
 Everything in a job defines the run, but for two groups of keys:
 
     may change, nothing follows         checkpoints, datasets.num_proc, evaluation.steps,
-                                        training.logging_* and the like (`FREE`)
+                                        training.logging_* and the like; resources, kubernetes, aws_batch,
+                                        gcp_batch (`FREE`)
     may change, bits may differ         launch, training.per_device_train_batch_size, evaluation.batch_size,
     (samples and global batch do not)   training.dataloader_* (`SAID`): announced
 
@@ -42,6 +43,10 @@ FREE = (
     "training.report_to*",
     "training.run_name",
     "training.disable_tqdm",
+    "resources.*",
+    "kubernetes*",
+    "aws_batch*",
+    "gcp_batch*",
 )
 PER_DEVICE = "training.per_device_train_batch_size"
 SAID = (

@@ -1,0 +1,248 @@
+"""The pods of a job, for Job, JobSet and TrainJob: the base Job of `k8s/`, patched."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from runner import __version__, exits
+from runner.manifest import Job
+from runner.places import Kubernetes, Resources
+from runner.section import seconds
+from runner.targets.submission import Submission
+from runner.targets.template import Tree, load, merge
+
+BASE = "kubernetes/base/train.yaml"
+GPU = "nvidia.com/gpu"
+TRAINER = "trainer"
+"""Name of the container."""
+
+DISRUPTED: Tree = {"type": "DisruptionTarget", "status": "True"}
+"""The condition of a pod whose node was taken away, drained, or needed by others."""
+
+
+def kubernetes(job: Job) -> Kubernetes:
+    """The job's section; its defaults where there is none, which `runner.targets.refusals` refuses."""
+    return job.kubernetes or Kubernetes()
+
+
+def patched(submission: Submission) -> Tree:
+    """The base Job with all that the job says of its pods; its names and retry rules are the caller's."""
+    job, place = submission.job, kubernetes(submission.job)
+    base = load(BASE)
+    if job.resources.spot and place.cloud is not None:
+        base = merge(base, load(f"kubernetes/overlays/{place.cloud}-spot/patch.yaml"))
+    spec, labels = base["spec"]["template"]["spec"], all_labels(submission)
+    kueue = {"kueue.x-k8s.io/podset-preferred-topology": place.topology} if place.topology else {}
+    patch: Tree = {
+        "metadata": {"labels": {**labels, **queue_labels(job)}},
+        "spec": {
+            "ttlSecondsAfterFinished": int(seconds(place.keep_finished)),
+            "template": {
+                "metadata": {"labels": labels, "annotations": {**kueue, **place.annotations}},
+                "spec": _spec(submission, spec),
+            },
+        },
+    }
+    if place.namespace is not None:
+        patch["metadata"]["namespace"] = place.namespace
+    return merge(base, patch)
+
+
+def all_labels(submission: Submission) -> dict[str, str]:
+    """Labels of every object, the user's included."""
+    return {
+        **kubernetes(submission.job).labels,
+        **submission.labels,
+        "app.kubernetes.io/version": __version__,
+        "app.kubernetes.io/managed-by": "vlm-runner",
+    }
+
+
+def queue_labels(job: Job) -> dict[str, str]:
+    """What Kueue reads, of the object that it lets in."""
+    place, limit = kubernetes(job), job.resources.time_limit
+    labels = {}
+    if place.queue is not None:
+        labels["kueue.x-k8s.io/queue-name"] = place.queue
+        if limit is not None:
+            # Adds up over suspensions; a deadline begins again at each.
+            labels["kueue.x-k8s.io/max-exec-time-seconds"] = str(int(seconds(limit)))
+    if place.queue_priority is not None:
+        labels["kueue.x-k8s.io/priority-class"] = place.queue_priority
+    return labels
+
+
+def deadline(job: Job) -> int | None:
+    """activeDeadlineSeconds, where no queue counts the time."""
+    limit = job.resources.time_limit
+    return None if limit is None or kubernetes(job).queue is not None else int(seconds(limit))
+
+
+def metadata(submission: Submission, **more: Any) -> Tree:
+    """Name, namespace and labels of an object beside the Job."""
+    place = kubernetes(submission.job)
+    where = {} if place.namespace is None else {"namespace": place.namespace}
+    return {"name": submission.name, **where, "labels": all_labels(submission), **more}
+
+
+def config_map(submission: Submission) -> Tree:
+    """The job file, which no one changes under a running pod."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": metadata(submission),
+        "immutable": True,
+        "data": {"job.yaml": submission.text},
+    }
+
+
+def on_exit(action: str, codes: list[int], container: str = TRAINER) -> Tree:
+    """A rule of podFailurePolicy for exit codes."""
+    return {
+        "action": action,
+        "onExitCodes": {"containerName": container, "operator": "In", "values": codes},
+    }
+
+
+def on_disruption(action: str) -> Tree:
+    """A rule of podFailurePolicy for pods that had to go."""
+    return {"action": action, "onPodConditions": [dict(DISRUPTED)]}
+
+
+def gang_policy(container: str) -> Tree:
+    """podFailurePolicy of a Job whose pods start again together: each failure that says something ends it,
+    and whoever made it decides by `restart_rules`."""
+    return {
+        "rules": [
+            on_disruption("FailJob"),
+            on_exit("FailJob", exits.codes("no"), container),
+            on_exit("FailJob", exits.codes("uncounted"), container),
+        ]
+    }
+
+
+def restart_rules() -> list[Tree]:
+    """Rules of a JobSet's failurePolicy. What none matches restarts all, counted by maxRestarts.
+
+    A Job that a rule of its podFailurePolicy ended has the reason PodFailurePolicy, whatever the rule: exit
+    codes that are not retried are told from disruptions by the message.
+    """
+    codes = "|".join(str(code) for code in exits.codes("no"))
+    return [
+        {
+            "name": "giveUp",
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+            "onJobFailureMessagePatterns": [f"failed with exit code ({codes}) matching"],
+        },
+        {"name": "outOfTime", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
+        {
+            "name": "goOn",
+            "action": "RestartJobSetAndIgnoreMaxRestarts",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+        },
+    ]
+
+
+def _spec(submission: Submission, spec: Tree) -> Tree:
+    """The patch of the pod's spec."""
+    job, place = submission.job, kubernetes(submission.job)
+    selector = dict(place.node_selector)
+    if job.resources.gpu_type is not None:
+        selector[place.gpu_type_label] = job.resources.gpu_type
+    period, counted_on = _grace(place, spec, job.resources.spot)
+    patch: Tree = {
+        "terminationGracePeriodSeconds": period,
+        "serviceAccountName": place.service_account,
+        "tolerations": _tolerations(job, spec["tolerations"]),
+        "containers": [_container(submission, counted_on)],
+        "volumes": volumes(submission),
+    }
+    if selector:
+        patch["nodeSelector"] = selector
+    if place.priority_class is not None:
+        patch["priorityClassName"] = place.priority_class
+    if place.image_pull_secrets:
+        patch["imagePullSecrets"] = [{"name": name} for name in place.image_pull_secrets]
+    return patch
+
+
+def grace(place: Kubernetes, at_most: int, leaves: int | None) -> tuple[int, int]:
+    """Seconds from SIGTERM to the kill, and those that the supervisor may count on.
+
+    termination_grace_seconds   notice_seconds   template      result
+    null                        null             110, -        110, 110
+    60                          null             110, -        60, 60
+    null                        null             25, 15 (GKE)  25, 15
+    60                          null             25, 15        60, 15
+    null                        120              25, 15        120, 120
+    60                          120              25, 15        60, 60
+
+    Args:
+        at_most: the template's terminationGracePeriodSeconds.
+        leaves: what its spot nodes leave a pod; None: nobody takes the node away.
+    """
+    given = place.termination_grace_seconds
+    notice = leaves if place.notice_seconds is None else place.notice_seconds
+    period = given or place.notice_seconds or at_most
+    return period, period if notice is None else min(period, notice)
+
+
+def _grace(place: Kubernetes, spec: Tree, spot: bool) -> tuple[int, int]:
+    told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == "RUNNER_GRACE_SECONDS")
+    leaves = int(told) if spot and place.cloud is not None else None
+    return grace(place, spec["terminationGracePeriodSeconds"], leaves)
+
+
+def _tolerations(job: Job, base: list[Tree]) -> list[Tree]:
+    kept = [one for one in base if one.get("key") != GPU or job.resources.gpu]
+    more = [one.model_dump(exclude_none=True) for one in kubernetes(job).tolerations]
+    return [*kept, *more]
+
+
+def _container(submission: Submission, grace_seconds: int) -> Tree:
+    job, place = submission.job, kubernetes(submission.job)
+    env = {"RUNNER_GRACE_SECONDS": str(grace_seconds), **place.env}
+    amounts = requests(job.resources)
+    mounts: list[Tree] = []
+    variables = [{"name": name, "value": value} for name, value in env.items()]
+    if place.hf_token_from is None:
+        variables.append({"name": "HF_TOKEN_PATH", "$patch": "delete"})
+        mounts.append({"mountPath": "/etc/secrets/hf", "$patch": "delete"})
+    patch: Tree = {
+        "name": TRAINER,
+        "image": place.image,
+        "env": variables,
+        "volumeMounts": mounts,
+        "resources": {"requests": amounts, "limits": amounts},
+    }
+    if place.env_from:
+        patch["envFrom"] = [{"secretRef": {"name": name}} for name in place.env_from]
+    return patch
+
+
+def requests(resources: Resources) -> Tree:
+    """Requests, and limits, of a container; GPU null for none, which removes the template's."""
+    return {
+        "cpu": str(resources.cpu),
+        "memory": resources.memory,
+        "ephemeral-storage": resources.ephemeral_storage,
+        GPU: str(resources.gpu) if resources.gpu else None,
+    }
+
+
+def volumes(submission: Submission) -> list[Tree]:
+    """The volumes that depend on the job."""
+    resources, token = submission.job.resources, kubernetes(submission.job).hf_token_from
+    hf: Tree = {"name": "hf", "$patch": "delete"}
+    if token is not None:
+        name, _, key = token.partition("/")
+        # A Secret that is named has to be there: else the pod waits and says so, instead of failing on a GPU.
+        items = [{"key": key or "token", "path": "token"}]
+        hf = {"name": "hf", "secret": {"secretName": name, "optional": None, "items": items}}
+    return [
+        {"name": "job", "configMap": {"name": submission.name}},
+        hf,
+        {"name": "scratch", "emptyDir": {"sizeLimit": resources.ephemeral_storage}},
+        {"name": "shm", "emptyDir": {"sizeLimit": resources.shm}},
+    ]
