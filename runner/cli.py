@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -19,14 +18,15 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runner import __version__
-from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
+from runner.cluster.verbs import VERBS as CLUSTER
+from runner.command import Group, ReaderLeft, Verb, complain, job_words, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
 
 SOURCES = """\
-JOB is a YAML file. Without it the job comes from JOB_FILE (a path) or JOB_YAML (the text itself).
+JOB is a YAML file. Without it the job comes from JOB_FILE (a path or s3://) or JOB_YAML (the text itself).
 Values, strongest first: key=value here, JOB__SECTION__KEY in the environment, the file, the default.
 """
 
@@ -157,23 +157,11 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     del parser  # takes nothing
 
 
-def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    """The job file and the overrides. A word is an override when a key could stand before its first `=`."""
-    overrides = [word for word in words if re.match(r"[^/\\=]*=", word)]
-    files = [word for word in words if word not in overrides]
-    if len(files) > 1:
-        raise UsageError(
-            f"read the command line: {len(files)} job files, {', '.join(files)}\n"
-            "    remedy: name one; write values as key=value, in quotes when they have blanks"
-        )
-    return (files[0] if files else None), overrides
-
-
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     if arguments.resolved:
         say(resolved_yaml(resolved))
         return 0
@@ -194,7 +182,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     from runner.planning.verb import Asked, plan
 
     asked = Asked(
@@ -210,7 +198,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)  # a bad job is answered before more is loaded
+    resolved = resolve(*job_words(arguments.words), os.environ)  # a bad job is answered before more is loaded
     from runner import launch
 
     return launch.train(resolved, arguments.runs)
@@ -219,7 +207,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     from runner import launch
 
     return launch.evaluate(resolved, arguments.runs, arguments.adapter)
@@ -289,6 +277,7 @@ VERBS: dict[str, Verb | Group] = {
         "  runner checkpoints pull runs/my-charts --to my-adapter\n",
         _checkpoints,
     ),
+    **CLUSTER,
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",
         "  runner schema > job.schema.json\n"

@@ -5,7 +5,7 @@ Requests are not repeated: a second SubmitJob would be a second job. boto3 is im
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from runner import aws
@@ -21,6 +21,7 @@ LOG_GROUP = "/aws/batch/job"
 _METHODS = {
     "RegisterJobDefinition": "register_job_definition",
     "DeregisterJobDefinition": "deregister_job_definition",
+    "DescribeJobDefinitions": "describe_job_definitions",
     "SubmitJob": "submit_job",
     "ListJobs": "list_jobs",
     "DescribeJobs": "describe_jobs",
@@ -55,9 +56,13 @@ class Batch:
         except ClientError as error:
             raise refusal(operation, error.response) from error
         except (NoRegionError, ValueError) as error:
-            raise JobError([Problem("aws_batch.region", str(error), "name a region, or set AWS_REGION")]) from error
+            raise JobError(
+                [Problem("aws_batch.region", str(error), "name a region, or set AWS_REGION")]
+            ) from error
         except ParamValidationError as error:
-            raise JobError([Problem("aws_batch", f"{operation}: {error}", "correct what it names")]) from error
+            raise JobError(
+                [Problem("aws_batch", f"{operation}: {error}", "correct what it names")]
+            ) from error
         except BotoCoreError as error:
             if (denied := aws.unusable(error, operation)) is not None:
                 raise denied from error
@@ -102,16 +107,6 @@ class Batch:
         )
         return [event["message"] for event in page["events"]], page["nextForwardToken"]
 
-    def log(self, job: Json) -> Iterator[str]:
-        """The whole log so far."""
-        token: str | None = None
-        while True:
-            lines, after = self.lines(job, token)
-            yield from lines
-            if after == token:  # CloudWatch gives the same token at the end
-                return
-            token = after
-
     def close(self) -> None:
         """Give connections back."""
         for client in self._clients.values():
@@ -136,7 +131,12 @@ def refusal(operation: str, answer: Any) -> RunnerError:
     code, message = str(error.get("Code", "?")), error.get("Message", "no reason given")
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     said = f"{operation}: {code} ({status}): {message}"
-    if status in (401, 403) or "AccessDenied" in code or "Token" in code or code == "UnrecognizedClientException":
+    if (
+        status in (401, 403)
+        or "AccessDenied" in code
+        or "Token" in code
+        or code == "UnrecognizedClientException"
+    ):
         return AccessDenied(f"{said}\n    remedy: log in again, or grant batch:{operation}")
     if status == 429 or status >= 500 or "Throttl" in code or code == "TooManyRequestsException":
         return _silent(operation, said.removeprefix(f"{operation}: "))

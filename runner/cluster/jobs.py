@@ -8,12 +8,11 @@ whatever goes wrong deletes it. Signals wait until that is settled.
 
 from __future__ import annotations
 
-import contextlib
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from runner.cluster.kubectl import Kubectl
+from runner.cluster.signals import signals_later
 from runner.cluster.waiting import QUEUE, finished
 from runner.errors import AccessDenied, JobError, NotOwner, Problem, RunnerError
 
@@ -55,7 +54,7 @@ def make(kubectl: Kubectl, run: str, documents: Sequence[Json], warn: Callable[[
     for document in documents:
         kubectl.create(document, dry_run=True)
     name = job["metadata"]["name"]
-    with _signals_later() as asked:
+    with signals_later() as asked:
         try:
             made: Json = kubectl.create(job)
             owner = {
@@ -133,21 +132,3 @@ def _try_pod(kubectl: Kubectl, job: Json, warn: Callable[[str], None]) -> None:
         kubectl.create(pod, dry_run=True)
     except AccessDenied as error:
         warn(f"whether the cluster takes the job's pods is not known: {error}")
-
-
-@contextlib.contextmanager
-def _signals_later() -> Iterator[Callable[[], None]]:
-    """Keep SIGINT and SIGTERM until the block ends. Yields a check that raises KeyboardInterrupt if one came."""
-    came: list[int] = []
-
-    def asked() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda got, frame: came.append(got)) for number in numbers]
-    try:
-        yield asked
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
