@@ -6,7 +6,7 @@
         ...
         cluster.requests, cluster.objects
 
-HTTP on 127.0.0.1, in threads of this process; the real kubectl talks to it. Like the real server it keeps
+HTTPS on 127.0.0.1 (kubectl sends no token without), in threads of this process; the real kubectl talks to it. Like the real server it keeps
 objects by kind, namespace and name, honours `dryRun=All`, strict fields, label and field selectors,
 deletion with a uid, and collects what an object's owner leaves behind, also what names an owner that is not
 there. Refused are, in the words of the real one: an unknown token, verbs without a right, namespaces that are
@@ -16,18 +16,29 @@ pods and lives through the stages of `plan`, one with every list of its pods.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import copy
+import functools
 import json
 import re
+import ssl
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import IPv4Address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 TOKEN = "token-of-the-tests"
 
@@ -68,8 +79,13 @@ class Refusal(Exception):
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(message)
         self.status = {
-            **{"kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure"},
-            **{"reason": reason, "message": message, "code": code},
+            "kind": "Status",
+            "apiVersion": "v1",
+            "metadata": {},
+            "status": "Failure",
+            "reason": reason,
+            "message": message,
+            "code": code,
         }
 
 
@@ -140,7 +156,18 @@ class FakeCluster:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        certificate, pem = _certified()
+        self._authority = base64.b64encode(certificate).decode()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(pem)
+            file.flush()
+            context.load_cert_chain(file.name)
+        # The handshake is the handler's, or one slow client would keep all others waiting.
+        self._server.socket = context.wrap_socket(
+            self._server.socket, server_side=True, do_handshake_on_connect=False
+        )
+        self.url = f"https://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
@@ -160,7 +187,10 @@ class FakeCluster:
             "kind": "Config",
             "current-context": "fake",
             "clusters": [
-                {"name": "fake", "cluster": {"server": self.url}},
+                {
+                    "name": "fake",
+                    "cluster": {"server": self.url, "certificate-authority-data": self._authority},
+                },
                 {"name": "gone", "cluster": {"server": "http://127.0.0.1:9"}},
             ],
             "users": [{"name": "user", "user": {"token": token}}],
@@ -329,6 +359,28 @@ class FakeCluster:
                     name,
                     f"exceeded quota: team, requested: {what}={asked}, used: {what}=0, limited: {what}={most}",
                 )
+
+
+@functools.cache
+def _certified() -> tuple[bytes, bytes]:
+    """A certificate for 127.0.0.1 that signs itself, and the same with its key; PEM."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fake cluster")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return certificate, certificate + private
 
 
 def _body(handler: BaseHTTPRequestHandler) -> bytes:
@@ -523,12 +575,15 @@ def suspended(message: str = "") -> Stage:
     return act
 
 
-def running(new: bool = False) -> Stage:
-    """The container runs."""
+def running() -> Stage:
+    """The container runs: of a new pod, where the newest has ended."""
 
     def act(cluster: FakeCluster, job: Object) -> None:
         job["spec"].pop("suspend", None)
-        pod = pod_of(cluster, job, new)
+        pod = pod_of(cluster, job)
+        if pod["status"]["phase"] in ("Failed", "Succeeded"):
+            pod = pod_of(cluster, job, new=True)
+        pod["metadata"].pop("deletionTimestamp", None)
         pod["spec"]["nodeName"] = "node-1"
         name = pod["spec"]["containers"][0]["name"]
         pod["status"] = {
@@ -597,10 +652,3 @@ def finished(kind: str, reason: str, why: str) -> Stage:
 def vanished() -> Stage:
     """Somebody deletes the Job."""
     return lambda cluster, job: cluster.delete("jobs", job["metadata"]["namespace"], job["metadata"]["name"])
-
-
-@contextlib.contextmanager
-def fake_cluster() -> Iterator[FakeCluster]:
-    """A server that has started."""
-    with FakeCluster() as cluster:
-        yield cluster
