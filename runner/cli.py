@@ -19,16 +19,13 @@ from typing import NoReturn, TypeVar
 
 from runner import __version__
 from runner.cluster.verbs import VERBS as CLUSTER
-from runner.command import Group, ReaderLeft, Verb, complain, job_words, listed, run, say
+from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
+from runner.job_words import SOURCES, job_arguments, split
+from runner.render_verb import RENDER
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
-
-SOURCES = """\
-JOB is a YAML file. Without it the job comes from JOB_FILE (a path or s3://) or JOB_YAML (the text itself).
-Values, strongest first: key=value here, JOB__SECTION__KEY in the environment, the file, the default.
-"""
 
 CODES = """\
 exit codes:
@@ -90,15 +87,8 @@ def _overview() -> str:
     ).rstrip()
 
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = f"{parser.description}\n\n{SOURCES}"
-    parser.add_argument(
-        "words", nargs="*", metavar="JOB key=value", help="the job file, and values that override it"
-    )
-
-
 def _validate_arguments(parser: argparse.ArgumentParser) -> None:
-    _job_arguments(parser)
+    job_arguments(parser)
     parser.add_argument(
         "--resolved",
         action="store_true",
@@ -107,7 +97,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
-    _job_arguments(parser)
+    job_arguments(parser)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
     )
@@ -161,7 +151,7 @@ def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
 
-    resolved = resolve(*job_words(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     if arguments.resolved:
         say(resolved_yaml(resolved))
         return 0
@@ -182,7 +172,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*job_words(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     from runner.planning.verb import Asked, plan
 
     asked = Asked(
@@ -198,7 +188,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*job_words(arguments.words), os.environ)  # a bad job is answered before more is loaded
+    resolved = resolve(*split(arguments.words), os.environ)  # a bad job is answered before more is loaded
     from runner import launch
 
     return launch.train(resolved, arguments.runs)
@@ -207,7 +197,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*job_words(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     from runner import launch
 
     return launch.evaluate(resolved, arguments.runs, arguments.adapter)
@@ -271,6 +261,7 @@ VERBS: dict[str, Verb | Group] = {
         _evaluate_arguments,
         _evaluate,
     ),
+    "render": RENDER,
     "checkpoints": Group(
         "List, verify, pull and clear what a run has committed.",
         "  runner checkpoints ls s3://bucket/prefix/my-charts\n"

@@ -41,9 +41,7 @@ def with_queue(client: Any, iam: Any) -> None:
         computeEnvironmentName="spot", type="UNMANAGED", state="ENABLED", serviceRole=role
     )
     order = [{"order": 1, "computeEnvironment": "spot"}]
-    client.create_job_queue(
-        jobQueueName=QUEUE, state="ENABLED", priority=1, computeEnvironmentOrder=order
-    )
+    client.create_job_queue(jobQueueName=QUEUE, state="ENABLED", priority=1, computeEnvironmentOrder=order)
 
 
 def become(port: int, identity: str, **what: Any) -> None:

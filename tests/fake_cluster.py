@@ -6,12 +6,12 @@
         ...
         cluster.requests, cluster.objects
 
-HTTPS on 127.0.0.1 (kubectl sends no token without), in threads of this process; the real kubectl talks to it. Like the real server it keeps
-objects by kind, namespace and name, honours `dryRun=All`, strict fields, label and field selectors,
-deletion with a uid, and collects what an object's owner leaves behind, also what names an owner that is not
-there. Refused are, in the words of the real one: an unknown token, verbs without a right, namespaces that are
+HTTPS on 127.0.0.1 (kubectl sends no token without), in threads of this process; the real kubectl talks to it.
+Like the real server it keeps objects by kind, namespace and name, honours `dryRun=All`, strict fields, label and
+field selectors, deletion with a uid, and collects what an object's owner leaves behind, also what names an owner
+that is not there. Refused are, in the words of the real one: an unknown token, verbs without a right, namespaces that are
 not there, pods that break `restricted`, a quota, or name a service account that does not exist. A Job makes
-pods and lives through the stages of `plan`, one with every list of its pods.
+pods and lives through the stages of `plan`, one with every look at it.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ class FakeCluster:
         return str(path)
 
     def plan(self, *stages: Stage) -> None:
-        """What the newest Job lives through; the last stage lasts."""
+        """What a Job lives through, a stage with each look at it; the last one lasts."""
         self._stages = list(stages)
 
     def of(self, resource: str) -> list[Object]:
@@ -289,6 +289,9 @@ class FakeCluster:
         if verb == "create":
             return 201, self._create(resource, namespace, query, body)
         key = (resource, namespace, name)
+        if (verb, resource) == ("get", "jobs") and key in self.objects and self._stages:
+            stage = self._stages.pop(0) if len(self._stages) > 1 else self._stages[0]
+            stage(self, self.objects[key])
         if key not in self.objects:
             raise Refusal(404, "NotFound", f'{resource} "{name}" not found')
         if found[5]:
@@ -302,9 +305,6 @@ class FakeCluster:
         return 200, self.objects[key]
 
     def _list(self, resource: str, namespace: str, query: dict[str, str]) -> Object:
-        if resource == "pods" and self._stages and (jobs := self.of("jobs")):
-            stage = self._stages.pop(0) if len(self._stages) > 1 else self._stages[0]
-            stage(self, jobs[-1])
         items = [
             found
             for (kind, where, _), found in self.objects.items()
@@ -371,7 +371,9 @@ def _certified() -> tuple[bytes, bytes]:
         x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(IPv4Address("127.0.0.1"))]), critical=False
+        )
         .sign(key, hashes.SHA256())
         .public_bytes(serialization.Encoding.PEM)
     )

@@ -122,12 +122,6 @@ def test_misspelt_keys(path: str, right: tuple[str, ...]) -> None:
     assert findings[0].suggestion == right
 
 
-@pytest.mark.parametrize(("path", "value"), [("resources", {"gpu": 1}), ("kubernetes", {})])
-def test_reserved_for_a_later_version(path: str, value: Any) -> None:
-    finding = only(with_value(path, value))
-    assert "reserved for a later version" in finding.reason and "remove it" in finding.remedy
-
-
 @pytest.mark.parametrize(
     ("path", "value", "reason", "remedy"),
     [

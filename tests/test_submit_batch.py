@@ -134,7 +134,9 @@ def test_what_is_registered_and_submitted_is_what_render_prints(
         assert registered[key] == printed[key], key
     kept = {key: registered["containerProperties"][key] for key in printed["containerProperties"]}
     assert kept == printed["containerProperties"]
-    rules = [{**rule, "action": rule["action"].lower()} for rule in printed["retryStrategy"]["evaluateOnExit"]]
+    rules = [
+        {**rule, "action": rule["action"].lower()} for rule in printed["retryStrategy"]["evaluateOnExit"]
+    ]
     assert registered["retryStrategy"] == {**printed["retryStrategy"], "evaluateOnExit": rules}
     [made] = _jobs(port)
     assert (made["jobId"], made["jobName"]) == (identity, submit["SubmitJob"]["jobName"])

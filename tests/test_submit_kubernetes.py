@@ -261,7 +261,10 @@ PULL = "registry.example.com/vlm-runner:1"
     ("stages", "says"),
     [
         ([fake.nothing()], "no pod yet"),
-        ([fake.no_pods('pods "x" is forbidden: exceeded quota: team')], "its pods are refused: Error creating"),
+        (
+            [fake.no_pods('pods "x" is forbidden: exceeded quota: team')],
+            "its pods are refused: Error creating",
+        ),
         (
             [fake.unschedulable("0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")],
             "no node takes it: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
@@ -323,7 +326,11 @@ def test_watch_ends_with_the_runs_own_code(
 @pytest.mark.parametrize(
     ("last", "code", "says"),
     [
-        (fake.finished("Failed", "DeadlineExceeded", "Job was active too long"), 1, "DeadlineExceeded Job was"),
+        (
+            fake.finished("Failed", "DeadlineExceeded", "Job was active too long"),
+            1,
+            "DeadlineExceeded Job was",
+        ),
         (fake.vanished(), 1, "deleted"),
         (fake.ended(137), 137, "failed: exit 137: Error"),
         (fake.ended(78, why="matching FailJob rule at index 1"), 78, "failed: exit 78"),

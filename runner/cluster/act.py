@@ -17,9 +17,10 @@ from pathlib import Path
 from runner.cluster import aws_batch, jobs, kubernetes
 from runner.cluster.batch import Batch
 from runner.cluster.kubectl import Kubectl
-from runner.command import complain, job_words, say
+from runner.command import complain, say
 from runner.errors import JobError, Problem, UsageError
 from runner.job.yaml_source import MAX_CHARACTERS
+from runner.job_words import split
 from runner.manifest import NAME_PATTERN, Job
 from runner.settings import Resolved, resolve
 from runner.targets import Submission, render, submission
@@ -141,7 +142,7 @@ def asked(words: Sequence[str], target: str | None, environ: Mapping[str, str]) 
                     "the id that submit printed"
                 )
             return Asked("kubernetes", word, None)
-    job = resolve(*job_words(list(words)), environ).job
+    job = resolve(*split(list(words)), environ).job
     return Asked(target_of(job, target), job.name, job)
 
 

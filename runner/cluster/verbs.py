@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from runner.command import Verb, job_words
+from runner.command import Verb
+from runner.job_words import job_arguments, split
 
 
 def _place_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,7 @@ def _place_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _submit_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "words", nargs="*", metavar="JOB key=value", help="the job file, and values that override it"
-    )
+    job_arguments(parser)
     _place_arguments(parser)
     parser.add_argument(
         "--watch",
@@ -51,7 +50,7 @@ def _logs_arguments(parser: argparse.ArgumentParser) -> None:
 def _submit(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*job_words(arguments.words), os.environ)
+    resolved = resolve(*split(arguments.words), os.environ)
     from runner.cluster import act
 
     target = act.target_of(resolved.job, arguments.to)

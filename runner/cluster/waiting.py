@@ -200,6 +200,8 @@ def _no_pod(seen: Seen, newest: Sequence[Json]) -> str:
     ends = [end for pod in newest if (end := ended(pod)) is not None]
     if not ends:
         return _newest_event(seen.job, seen.events) or "no pod yet"
+    if not any(end.code for end in ends):
+        return "its pods are done, and about to be counted"
     return (
         f"waits for its next pod after {max(ends, key=lambda end: end.at).words} "
         "(the pause doubles with every end, up to 6 min)"

@@ -22,6 +22,7 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
         ("memory", _memory(document["memory"])),
         ("checkpoints", _checkpoints(document["checkpoints"])),
         ("grace", _grace(document["grace"])),
+        ("preemptions", _preemptions(document["job"])),
         ("time", _time(document["time"])),
         ("downloads", _downloads(document["downloads"])),
         ("notes", iter(document["notes"])),
@@ -153,6 +154,13 @@ def _grace(section: Mapping[str, Any]) -> Iterator[str]:
     else:
         verdict = "enough" if section["enough"] else "too short: what is committed by then is kept"
         yield f"{section['seconds']:g} s, {verdict}; {takes}"
+
+
+def _preemptions(job: Mapping[str, Any]) -> Iterator[str]:
+    if job["kubernetes"] is None or not job["resources"]["spot"]:
+        return
+    yield "a Kubernetes Job waits 10, 20, 40, ... 320 s before the pod after each, whatever was done by then;"
+    yield "after about seven each costs minutes. For a long run: runner render jobset, which does not wait"
 
 
 def _time(section: Mapping[str, Any]) -> Iterator[str]:

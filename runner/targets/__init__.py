@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from runner.errors import JobError
-from runner.targets import kubernetes, refusals
+from runner.targets import aws_batch, gcp_batch, jobset, kubernetes, refusals, trainjob
 from runner.targets.submission import Submission, submission
 from runner.targets.template import Tree
 
@@ -18,6 +18,10 @@ __all__ = ["TARGETS", "Submission", "render", "submission"]
 
 TARGETS: dict[str, Callable[[Submission], list[Tree]]] = {
     "kubernetes": kubernetes.objects,
+    "jobset": jobset.objects,
+    "trainjob": trainjob.objects,
+    "aws-batch": aws_batch.objects,
+    "gcp-batch": gcp_batch.objects,
 }
 
 

@@ -96,6 +96,14 @@ def config_map(submission: Submission) -> Tree:
     }
 
 
+def owned_by_jobset(template: Tree) -> Tree:
+    """A pod template whose run belongs to the JobSet: its Jobs and their uids are new after each restart."""
+    (container,) = template["spec"]["containers"]
+    uid = {"fieldRef": {"fieldPath": "metadata.labels['jobset.sigs.k8s.io/jobset-uid']"}}
+    variable = {"name": "RUNNER_JOB_UID", "valueFrom": uid}
+    return merge(template, {"spec": {"containers": [{"name": container["name"], "env": [variable]}]}})
+
+
 def on_exit(action: str, codes: list[int], container: str = TRAINER) -> Tree:
     """A rule of podFailurePolicy for exit codes."""
     return {

@@ -82,7 +82,7 @@ def too_large(target: str, objects: list[Tree]) -> list[Problem]:
             for what, tree, most in sizes
             if (length := len(json.dumps(tree).encode())) > most
         ]
-    texts = [one["data"]["job.yaml"] for one in objects if one["kind"] == "ConfigMap"]
+    texts = [one["data"]["job.yaml"] for one in objects if one.get("kind") == "ConfigMap"]
     return [
         Problem("", f"the job has {length:,} bytes, and a ConfigMap takes {CONFIG_MAP:,}", "shorten it")
         for text in texts
