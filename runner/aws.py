@@ -1,8 +1,8 @@
 """Clients of Amazon's services, set up in one way; boto3 is imported by the first.
 
 Endpoint, region, credentials, CA bundle and proxies are boto3's own: `AWS_ENDPOINT_URL`, profiles and roles,
-`AWS_CA_BUNDLE`, `HTTPS_PROXY`; `AWS_REGION` goes before them. botocore's retries are off: whoever sends a request
-that must not be repeated blindly says what a second one means.
+`AWS_CA_BUNDLE`, `HTTPS_PROXY`; `AWS_REGION` goes before them. botocore's retries are off: whoever sends a
+request that must not be repeated blindly says what a second one means.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from runner.errors import AccessDenied
 
 
 def client(service: str, region: str | None = None, **config: Any) -> Any:
-    """A client with a session of its own: boto3's default one is not made for threads, and keeps old credentials.
+    """A client with a session of its own: boto3's default one is not made for threads, and keeps old
+    credentials.
 
     Args:
         region: before that of the environment.

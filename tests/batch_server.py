@@ -1,11 +1,11 @@
-"""AWS Batch, CloudWatch's logs and S3 on one real server in a process of its own (moto), and what a test makes of jobs.
+"""AWS Batch, CloudWatch's logs and S3 on one real server (moto, a process), where a test directs jobs.
 
     with batch_server() as port: ...
     become(port, identity, status="RUNNING")
     become(port, identity, status="FAILED", code=78, reason="Essential container in task exited")
 
-moto's Batch runs containers by docker, or in its simple mode marks each job as done. Here a job is RUNNABLE until the
-test says what has become of it, or somebody ends it.
+moto's Batch runs containers by docker, or in its simple mode marks each job as done. Here a job is RUNNABLE
+until the test says what has become of it, or somebody ends it.
 
     python -m tests.batch_server PORT
 """

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from runner.settings import Resolved, resolve
+
+DOCS = Path(__file__).parents[1] / "docs" / "submit.md"
 
 PLANTED = "planted-secret-4f9d"
 """The value of variables of the environment that may appear nowhere."""
@@ -45,3 +48,14 @@ def plant() -> None:
     """Secrets, as a person's shell has them."""
     for name in ("HF_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN"):
         os.environ[name] = PLANTED
+
+
+def documented(language: str) -> list[str]:
+    """The blocks of docs/submit.md."""
+    return re.findall(rf"```{language}\n(.*?)```", DOCS.read_text("utf-8"), re.DOTALL)
+
+
+def documented_commands() -> list[str]:
+    """The commands of docs/submit.md, in order."""
+    lines = [line for block in documented("bash") for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if line]

@@ -88,9 +88,7 @@ def one_write_at_a_time(store: Application) -> Application:
     return application
 
 
-def serve(
-    port: int, window: float, around: Callable[[Application], Application] = lambda moto: moto
-) -> None:
+def serve(port: int, window: float, around: Callable[[Application], Application] = lambda moto: moto) -> None:
     """Never returns.
 
     Args:

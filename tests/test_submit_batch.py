@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -19,12 +20,22 @@ from runner.cluster import act, aws_batch
 from runner.job import file as job_file
 from runner.targets import render, submission
 from tests.batch_server import QUEUE, batch_server, become, with_queue
-from tests.cluster_jobs import BATCH, PLANTED, plant, resolved, written
+from tests.cluster_jobs import (
+    BATCH,
+    PLANTED,
+    documented,
+    documented_commands,
+    plant,
+    resolved,
+    written,
+)
 from tests.fault_proxy import FaultProxy
 from tests.s3_server import BUCKET, ENVIRONMENT
 
-LONG = {**BATCH, "aws_batch": {**BATCH["aws_batch"], "tags": {}}}
-WORDS = "word " * 20
+NOTE = "What a person may write into a job, at length. " * 2_200
+"""100 KB that no training sees."""
+
+TO = ["--to", "aws-batch"]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +44,10 @@ def port() -> Iterator[int]:
         endpoint = f"http://127.0.0.1:{number}"
         clients = [_client(name, endpoint) for name in ("batch", "iam")]
         with_queue(*clients)
-        for client in clients:
-            client.close()
         yield number
+        for service in ("batch", "iam", "s3"):
+            _client(service, endpoint).close()
+        _client.cache_clear()
 
 
 @pytest.fixture
@@ -51,7 +63,6 @@ def proxy(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
             batch.terminate_job(jobId=job["jobId"], reason="end of test")
     for one in _definitions(port):
         batch.deregister_job_definition(jobDefinition=one["jobDefinitionArn"])
-    batch.close()
 
 
 @pytest.fixture
@@ -62,14 +73,15 @@ def job(tmp_path: Path) -> str:
 @pytest.fixture
 def large(tmp_path: Path) -> str:
     """A job of 100 KB."""
-    prompts = [f"{number} {WORDS}" for number in range(900)]
-    source = {"path": "demo:charts", "format": "vqa", "split": "train[:64]"}
-    train = [{**source, "system_prompt": " ".join(prompts)}]
-    file = written(tmp_path, {**BATCH, "datasets": {"train": train}})
+    columns = {"image": "image", "question": "query", "answer": "label"}
+    train = [{"path": "demo:charts", "format": "vqa", "split": "train[:64]", "columns": columns}]
+    kubernetes = {"annotations": {"team/note": NOTE}}
+    file = written(tmp_path, {**BATCH, "datasets": {"train": train}, "kubernetes": kubernetes})
     assert Path(file).stat().st_size > 100_000
     return file
 
 
+@functools.cache
 def _client(service: str, endpoint: str) -> Any:
     return boto3.client(
         service,
@@ -83,7 +95,6 @@ def _client(service: str, endpoint: str) -> Any:
 def _definitions(port: int) -> list[dict[str, Any]]:
     client = _client("batch", f"http://127.0.0.1:{port}")
     found: list[dict[str, Any]] = client.describe_job_definitions(status="ACTIVE")["jobDefinitions"]
-    client.close()
     return found
 
 
@@ -93,16 +104,13 @@ def _jobs(port: int) -> list[dict[str, Any]]:
     listed = client.list_jobs(jobQueue=QUEUE, jobStatus="RUNNABLE")["jobSummaryList"]
     identities = [one["jobId"] for one in listed]
     found: list[dict[str, Any]] = client.describe_jobs(jobs=identities)["jobs"] if identities else []
-    client.close()
     return found
 
 
-def _stored(port: int) -> dict[str, str]:
+def _stored(port: int) -> dict[str, bytes]:
     client = _client("s3", f"http://127.0.0.1:{port}")
     keys = [one["Key"] for one in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
-    texts = {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read().decode() for key in keys}
-    client.close()
-    return texts
+    return {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -183,6 +191,7 @@ def test_what_is_refused_leaves_nothing(
         if not value:
             del os.environ[name]
     got, out, err = run(capsys, "submit", job, *words)
+    os.environ.pop("AWS_PROFILE", None)
     assert (got, out) == (code, "") and says in err and "remedy: " in err and "Traceback" not in err, err
     assert _definitions(port) == _jobs(port) == []
 
@@ -206,7 +215,7 @@ def test_a_failure_of_any_request_leaves_nothing(
     """Cut before or after the server acted, or refused."""
     monkeypatch.setattr(aws_batch, "STORE_PATIENCE", 0.0)
     fault = proxy.fail(method, path, how)
-    code, out, err = run(capsys, "submit", large)
+    code, out, err = run(capsys, "submit", large, *TO)
     assert (code, out) == (77 if how[0] == "4" else 74, ""), err
     assert fault.met == 1
     assert _definitions(port) == _jobs(port) == [] and _stored(port) == {}
@@ -227,7 +236,7 @@ def test_ctrl_c_leaves_nothing(
         return called(batch, operation, **fields)
 
     monkeypatch.setattr(aws_batch.Batch, "call", interrupted)
-    code, _, err = run(capsys, "submit", large)
+    code, _, err = run(capsys, "submit", large, *TO)
     assert code == 130 and err == "interrupted\n"
     assert _definitions(port) == _jobs(port) == [] and _stored(port) == {}
 
@@ -236,7 +245,7 @@ def test_no_secret_of_the_environment_is_registered_or_stored(
     proxy: FaultProxy, port: int, large: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plant()
-    submitted(large, capsys)
+    submitted(large, capsys, *TO)
     everything = f"{_definitions(port)} {_jobs(port)} {_stored(port)}"
     assert "JOB_FILE" in everything and PLANTED not in everything
     _forget(port)
@@ -246,7 +255,6 @@ def _forget(port: int) -> None:
     client = _client("s3", f"http://127.0.0.1:{port}")
     for key in _stored(port):
         client.delete_object(Bucket=BUCKET, Key=key)
-    client.close()
 
 
 # --- a job in the store ---
@@ -258,7 +266,7 @@ def test_a_large_job_travels_through_the_store_and_trains(
     """The container's own command and variables, run here."""
     words = ["training.max_steps=1", "training.global_batch_size=1", "checkpoints.uri=s3://bucket/large"]
     words += ["training.per_device_train_batch_size=1"]
-    name, _ = submitted(large, capsys, *words)
+    name, _ = submitted(large, capsys, *TO, *words)
     address = f"large/charts/submissions/{name}.yaml"
     assert list(_stored(port)) == [address]
     [made] = _jobs(port)
@@ -278,15 +286,8 @@ def test_a_large_job_travels_through_the_store_and_trains(
             timeout=300,
         )
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    assert "large/charts/HEAD" in _stored_keys(port)
+    assert "large/charts/HEAD" in _stored(port)
     _forget(port)
-
-
-def _stored_keys(port: int) -> list[str]:
-    client = _client("s3", f"http://127.0.0.1:{port}")
-    keys = [one["Key"] for one in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
-    client.close()
-    return keys
 
 
 def test_a_job_file_in_a_bucket(
@@ -307,7 +308,6 @@ def test_a_job_file_in_a_bucket(
 
     client.put_object(Bucket=BUCKET, Key="huge", Body=b"# " + b"x" * job_file.LARGEST)
     client.put_object(Bucket=BUCKET, Key="wrong", Body=b"nmae: charts\n")
-    client.close()
     for address, code, says in (
         ("bucket/none.yaml", 78, "there is no such object"),
         ("no-bucket/job.yaml", 78, "there is no such bucket"),
@@ -401,3 +401,28 @@ def test_cancel_and_describe(
     assert code == 0 and "TerminateJob" in out
     [line] = act.describe(resolved(job).job)
     assert "failed after 1 attempts: no exit code: runner cancel" in line
+
+
+# --- docs/submit.md ---
+
+
+def test_the_commands_of_the_docs_run(
+    proxy: FaultProxy, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-job.yaml").write_text(documented("yaml")[0])
+    client = _client("s3", f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket="my-bucket")
+    client.upload_file(str(tmp_path / "my-job.yaml"), "my-bucket", "jobs/my-job.yaml")
+    monkeypatch.chdir(tmp_path)
+    os.environ["JOB__AWS_BATCH"] = f"{{image: vlm-runner, queue: {QUEUE}}}"
+    commands = documented_commands()
+    assert len(commands) == 10
+    for command in [one for one in commands if "aws-batch" in one or "validate" in one]:
+        variable, _, rest = command.rpartition("runner ")
+        name, _, value = variable.strip().partition("=")
+        with monkeypatch.context() as patched:
+            if name:
+                patched.setenv(name, value)
+            if rest.startswith("logs"):
+                become(port, _jobs(port)[0]["jobId"], status="RUNNING", log=["step 1"])
+            assert cli.main(rest.split()) == 0, command

@@ -17,7 +17,15 @@ from runner.cluster import act, kubernetes
 from runner.cluster.refusals import reason_of
 from runner.targets import render, submission
 from tests import fake_cluster as fake
-from tests.cluster_jobs import KUBERNETES, PLANTED, plant, resolved, written
+from tests.cluster_jobs import (
+    KUBERNETES,
+    PLANTED,
+    documented,
+    documented_commands,
+    plant,
+    resolved,
+    written,
+)
 from tests.fake_cluster import FakeCluster
 
 pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="there is no kubectl on PATH")
@@ -353,7 +361,7 @@ def test_watch_waits_for_a_silent_cluster(
     assert code == 0 and out.count("the cluster does not answer") == 1 and out.endswith(": done\n")
     monkeypatch.setattr(kubernetes, "PATIENCE", 0.0)
     cluster.objects.clear()
-    cluster.faults = {number: "503" for number in range(len(cluster.requests) + 6, 100)}
+    cluster.faults = dict.fromkeys(range(len(cluster.requests) + 6, 100), "503")
     code, _, err = run(capsys, "submit", job, "--watch")
     assert code == 74 and "itself goes on" in err and len(cluster.of("jobs")) == 1
 
@@ -444,3 +452,20 @@ def test_make_submit() -> None:
     root = Path(__file__).parents[1]
     printed = subprocess.run(words, cwd=root, capture_output=True, text=True, check=True).stdout
     assert 'runner submit "jobs/mine.yaml" name=made --watch' in printed
+
+
+def test_the_commands_of_the_docs_run(
+    cluster: FakeCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my-job.yaml").write_text(documented("yaml")[0])
+    monkeypatch.chdir(tmp_path)
+    cluster.plan(fake.running(), fake.ended(0))
+    for command in [one for one in documented_commands() if "aws-batch" not in one and "validate" not in one]:
+        if command.startswith("runner logs"):
+            fake.running()(cluster, cluster.of("jobs")[-1])
+            cluster.plan(fake.ended(0))
+        elif command.startswith("runner cancel"):
+            cluster.of("jobs")[-1]["status"] = {}
+            cluster.plan(fake.running())
+        assert cli.main(command.split()[1:]) == 0, command
+    assert len(cluster.of("jobs")) == 1  # the first is done and stays

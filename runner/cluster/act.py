@@ -65,8 +65,8 @@ def submit(resolved: Resolved, target: str, context: str | None, watch: bool) ->
 
 
 def describe(job: Job, context: str | None = None) -> list[str]:
-    """What a run does where its job's sections say that it runs: a line for each submission that is alive, else for the
-    newest that is remembered, with what keeps it waiting. For `runner status`.
+    """What a run does where its job's sections say that it runs, for `runner status`: a line for each
+    submission that is alive, else for the newest that is remembered, with what keeps it waiting.
 
     Raises:
         RunnerError: a cluster or a cloud does not answer, or does not let us look.
@@ -125,7 +125,7 @@ def asked(words: Sequence[str], target: str | None, environ: Mapping[str, str]) 
     one word                           --to         is
     a job id of AWS Batch              any          that submission there
     a name, and no file                not batch    a run or a submission on Kubernetes
-    anything else, or no word          any          a job, whose run is meant; --to, or its one section, says where
+    anything else, or no word          any          a job, whose run is meant, where --to or its section says
 
     Raises:
         UsageError: a bare name with --to aws-batch, which has no queue to look in.
@@ -138,8 +138,8 @@ def asked(words: Sequence[str], target: str | None, environ: Mapping[str, str]) 
         if re.fullmatch(NAME_PATTERN, word):
             if target == "aws-batch":
                 raise UsageError(
-                    f"{word}: a name alone does not say in which queue to look\n    remedy: name the job file, or "
-                    "the id that submit printed"
+                    f"{word}: a name alone does not say in which queue to look\n"
+                    "    remedy: name the job file, or the id that submit printed"
                 )
             return Asked("kubernetes", word, None)
     job = resolve(*split(list(words)), environ).job

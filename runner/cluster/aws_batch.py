@@ -1,7 +1,7 @@
 """Submissions of a run on AWS Batch: to make one, follow it, read its log, end it.
 
-A definition and a job are made whole or not at all, as on Kubernetes (`runner.cluster.jobs`). A job file that is
-too large for Batch's limits goes to the store first, under the address that the rendered JOB_FILE names. Batch
+A definition and a job are made whole or not at all, as on Kubernetes (`runner.cluster.jobs`). A job file that
+is too large for Batch's limits goes to the store first, to the address that the rendered JOB_FILE has. Batch
 starts a job again by itself; a submission is alive until Batch gives up.
 """
 
@@ -93,7 +93,7 @@ def make(batch: Batch, run: str, documents: Sequence[Json], text: str, store: Ch
 
 
 def job_file(documents: Sequence[Json]) -> str | None:
-    """The address of the job in the store, as the container's JOB_FILE has it; None when it comes another way."""
+    """The address of the job in the store, as JOB_FILE has it; None when it comes another way."""
     properties = documents[0]["RegisterJobDefinition"]["containerProperties"]
     overrides = documents[1]["SubmitJob"].get("containerOverrides", {})
     for variable in [*overrides.get("environment", ()), *properties.get("environment", ())]:
@@ -163,15 +163,16 @@ def _undo(step: Callable[[], object], name: str, warn: Say) -> None:
         step()
     except RunnerError as error:
         warn(
-            f"what was begun may be left: {error}\n    look for {name} among jobs and job definitions of Batch"
+            f"what was begun may be left: {error}\n"
+            f"    remedy: look for {name} among jobs, job definitions and the store"
         )
 
 
 def _runs(run: str, queue: str, job: Json) -> NotOwner:
     return NotOwner(
-        f"submit {run}: its submission {job['jobName']} ({job['jobId']}) is {job['status']} in queue {queue}, and "
-        "one run has one owner\n    remedy: follow it (runner logs JOB --follow), or end it first (runner cancel "
-        "JOB); another run needs another name"
+        f"submit {run}: its submission {job['jobName']} ({job['jobId']}) is {job['status']} in queue "
+        f"{queue}, and one run has one owner\n    remedy: follow it (runner logs JOB --follow), or end it first "
+        "(runner cancel JOB); another run needs another name"
     )
 
 
@@ -216,8 +217,8 @@ def state(job: Json) -> State:
 
 
 _USUAL = {
-    "RUNNABLE": "waits for a machine; if for long, ask for less in resources, or see the compute environment's "
-    "limits and instance types",
+    "RUNNABLE": "waits for a machine; if for long, ask for less in resources, or see the limits and "
+    "instance types of the compute environment",
     "STARTING": "a machine is there; the image is pulled",
 }
 
@@ -279,8 +280,8 @@ def cancel(batch: Batch, found: Sequence[Json], name: str, say: Say) -> None:
         operation = "TerminateJob" if job["status"] in ("STARTING", "RUNNING") else "CancelJob"
         batch.call(operation, jobId=job["jobId"], reason="runner cancel")
         say(
-            f"{job['jobName']} ({job['jobId']}): {operation}; what is committed stays, and submit goes on from "
-            "there"
+            f"{job['jobName']} ({job['jobId']}): {operation}; what is committed stays, and submit goes on "
+            "from there"
         )
     if not living:
         say(f"{name}: nothing of it is alive")
@@ -295,8 +296,8 @@ def known(batch: Batch, identity: str) -> Json:
     job = batch.job(identity)
     if job is None:
         raise UsageError(
-            f"{identity}: Batch does not know this job\n    remedy: see the region (AWS_REGION); Batch forgets a "
-            "job a week after its end"
+            f"{identity}: Batch does not know this job\n"
+            "    remedy: see the region (AWS_REGION); Batch forgets a job a week after its end"
         )
     return job
 
@@ -310,8 +311,8 @@ def newest(batch: Batch, queue: str, run: str) -> Json:
     found = submissions(batch, queue, run)
     if not found:
         raise UsageError(
-            f"{run}: queue {queue} has no job of this run\n    remedy: submit it; Batch forgets jobs a week after "
-            "their end"
+            f"{run}: queue {queue} has no job of this run\n"
+            "    remedy: submit it; Batch forgets jobs a week after their end"
         )
     return (alive(found) or found)[0]
 

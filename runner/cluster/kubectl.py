@@ -192,8 +192,8 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
         )
     except FileNotFoundError as error:
         raise UsageError(
-            "there is no kubectl on PATH\n    remedy: install it (kubernetes.io/docs/tasks/tools), or submit what "
-            "runner render kubernetes prints from a machine that has it"
+            "there is no kubectl on PATH\n    remedy: install it (kubernetes.io/docs/tasks/tools), or give "
+            "what runner render kubernetes prints to a machine that has it"
         ) from error
     except PermissionError as error:
         raise UsageError(f"kubectl cannot be run: {error.strerror}\n    remedy: install it anew") from error

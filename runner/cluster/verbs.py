@@ -1,7 +1,7 @@
 """`runner submit | logs | cancel`: a job on a cluster, from a laptop; `runner.cluster.act` does it.
 
-JOB is a job, as for every verb. A bare name is a run or a submission in kubectl's current namespace; a job id of AWS
-Batch is a submission there.
+JOB is a job, as for every verb. A bare name is a run or a submission in kubectl's current namespace; a job id
+of AWS Batch is a submission there.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _named_arguments(parser: argparse.ArgumentParser) -> None:
         "words",
         nargs="*",
         metavar="JOB|SUBMISSION",
-        help="the job file and values that override it; or the name of a run or a submission, or an id of Batch",
+        help="the job file, and values that override it; or the name of a run or submission; or a job id",
     )
     _place_arguments(parser)
 

@@ -158,16 +158,16 @@ def _pod_waits(pod: Json, events: Sequence[Json], now: datetime) -> str | None:
     PodScheduled is False                    the scheduler's message, or the gates that hold it
     container waits: image                   the image, and the registry's answer
     container waits: configuration           what is missing
-    container waits: anything else           the newest event (a volume that is not there, the pull that is on)
+    container waits: anything else           the newest event (no such volume, the pull that is on)
     """
     if deleted := pod["metadata"].get("deletionTimestamp"):
         late = (now - datetime.fromisoformat(deleted)).total_seconds()
         if late > OVERDUE:
             name, node = pod["metadata"]["name"], pod["spec"].get("nodeName", "?")
             return (
-                f"its end is {late / 60:.0f} min overdue: node {node} does not answer, and no other pod starts "
-                f"before it is fenced (kubectl delete node {node}; or, when the machine is surely off, kubectl "
-                f"delete pod {name} --force)"
+                f"its end is {late / 60:.0f} min overdue: node {node} does not answer, and no other pod "
+                f"starts before it is fenced (kubectl delete node {node}; or, when the machine is surely "
+                f"off, kubectl delete pod {name} --force)"
             )
     status = pod.get("status", {})
     if ended(pod) is not None or status.get("phase") in ("Succeeded", "Failed"):
