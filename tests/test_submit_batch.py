@@ -16,7 +16,8 @@ import boto3
 import pytest
 
 from runner import cli
-from runner.cluster import act, aws_batch
+from runner.cluster import act, aws_batch, batch_jobs
+from runner.cluster import batch as batch_module
 from runner.job import file as job_file
 from runner.targets import render, submission
 from tests.batch_server import QUEUE, batch_server, become, with_queue
@@ -58,7 +59,7 @@ def proxy(port: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
         os.environ |= {**ENVIRONMENT, "AWS_ENDPOINT_URL": between.url}
         yield between
     batch = _client("batch", f"http://127.0.0.1:{port}")
-    for status in aws_batch.ALIVE:
+    for status in batch_module.ALIVE:
         for job in batch.list_jobs(jobQueue=QUEUE, jobStatus=status)["jobSummaryList"]:
             batch.terminate_job(jobId=job["jobId"], reason="end of test")
     for one in _definitions(port):
@@ -74,7 +75,7 @@ def job(tmp_path: Path) -> str:
 def large(tmp_path: Path) -> str:
     """A job of 100 KB."""
     columns = {"image": "image", "question": "query", "answer": "label"}
-    train = [{"path": "demo:charts", "format": "vqa", "split": "train[:64]", "columns": columns}]
+    train = [{"path": "demo:charts", "format": "vqa", "split": "train[:8]", "columns": columns}]
     kubernetes = {"annotations": {"team/note": NOTE}}
     file = written(tmp_path, {**BATCH, "datasets": {"train": train}, "kubernetes": kubernetes})
     assert Path(file).stat().st_size > 100_000
@@ -213,7 +214,7 @@ def test_a_failure_of_any_request_leaves_nothing(
     how: str,
 ) -> None:
     """Cut before or after the server acted, or refused."""
-    monkeypatch.setattr(aws_batch, "STORE_PATIENCE", 0.0)
+    monkeypatch.setattr(batch_jobs, "STORE_PATIENCE", 0.0)
     fault = proxy.fail(method, path, how)
     code, out, err = run(capsys, "submit", large, *TO)
     assert (code, out) == (77 if how[0] == "4" else 74, ""), err
@@ -228,14 +229,14 @@ def test_ctrl_c_leaves_nothing(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    called = aws_batch.Batch.call
+    called = batch_module.Batch.call
 
     def interrupted(batch: Any, operation: str, **fields: Any) -> Any:
         if operation == "SubmitJob":
             os.kill(os.getpid(), signal.SIGINT)
         return called(batch, operation, **fields)
 
-    monkeypatch.setattr(aws_batch.Batch, "call", interrupted)
+    monkeypatch.setattr(batch_module.Batch, "call", interrupted)
     code, _, err = run(capsys, "submit", large, *TO)
     assert code == 130 and err == "interrupted\n"
     assert _definitions(port) == _jobs(port) == [] and _stored(port) == {}

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from runner.cluster import aws_batch, jobs, kubernetes
+from runner.cluster import aws_batch, batch_jobs, jobs, kubernetes
 from runner.cluster.batch import Batch
 from runner.cluster.kubectl import Kubectl
 from runner.command import complain, say
@@ -53,13 +53,15 @@ def submit(resolved: Resolved, target: str, context: str | None, watch: bool) ->
         cluster = _kubectl(resolved.job, context)
         made = jobs.make(cluster, run, documents, _warn)
         say(f"submitted {one.name} to {cluster.where}\n{_next(made['metadata']['name'])}")
-        return kubernetes.follow(cluster, one.name, say) if watch else 0
+        return _watched(one.name, lambda: kubernetes.follow(cluster, one.name, say)) if watch else 0
     batch = _batch(resolved.job)
     try:
-        identity = aws_batch.make(batch, run, documents, _for_the_store(one), resolved.job.checkpoints, _warn)
+        identity = batch_jobs.make(
+            batch, run, documents, _for_the_store(one), resolved.job.checkpoints, _warn
+        )
         queue = documents[1]["SubmitJob"]["jobQueue"]
         say(f"submitted {one.name} to queue {queue}: {identity}\n{_next(identity)}")
-        return aws_batch.follow(batch, identity, say) if watch else 0
+        return _watched(identity, lambda: aws_batch.follow(batch, identity, say)) if watch else 0
     finally:
         batch.close()
 
@@ -110,7 +112,7 @@ def cancel(asked: Asked, context: str | None) -> int:
     try:
         if asked.job is not None:
             aws_batch.cancel(
-                batch, aws_batch.submissions(batch, _queue(asked.job), asked.name), asked.name, say
+                batch, batch_jobs.submissions(batch, _queue(asked.job), asked.name), asked.name, say
             )
         else:
             aws_batch.cancel(batch, [aws_batch.known(batch, asked.name)], asked.name, say)
@@ -185,6 +187,14 @@ def _queue(job: Job) -> str:
 def _for_the_store(one: Submission) -> str:
     """The job as text that a container reads: with its sources, unless those make it too long."""
     return one.text if len(one.text) <= MAX_CHARACTERS else one.inline
+
+
+def _watched(name: str, follow: Callable[[], int]) -> int:
+    try:
+        return follow()
+    except KeyboardInterrupt:
+        complain(f"{name} itself goes on; runner cancel {name} ends it")
+        raise
 
 
 def _next(name: str) -> str:

@@ -50,9 +50,8 @@ class Batch:
         """
         from botocore.exceptions import BotoCoreError, ClientError, NoRegionError, ParamValidationError
 
-        service = "logs" if operation == "GetLogEvents" else "batch"
         try:
-            return getattr(self._client(service), _METHODS[operation])(**fields)
+            return getattr(self._client(_service(operation)), _METHODS[operation])(**fields)
         except ClientError as error:
             raise refusal(operation, error.response) from error
         except (NoRegionError, ValueError) as error:
@@ -137,10 +136,14 @@ def refusal(operation: str, answer: Any) -> RunnerError:
         or "Token" in code
         or code == "UnrecognizedClientException"
     ):
-        return AccessDenied(f"{said}\n    remedy: log in again, or grant batch:{operation}")
+        return AccessDenied(f"{said}\n    remedy: log in again, or grant {_service(operation)}:{operation}")
     if status == 429 or status >= 500 or "Throttl" in code or code == "TooManyRequestsException":
         return _silent(operation, said.removeprefix(f"{operation}: "))
     return JobError([Problem("aws_batch", said, _remedy(message))])
+
+
+def _service(operation: str) -> str:
+    return "logs" if operation == "GetLogEvents" else "batch"
 
 
 def _remedy(message: str) -> str:

@@ -40,7 +40,7 @@ def look(kubectl: Kubectl, name: str) -> State:
     judged = state(seen, now)
     if judged.phase is not Phase.PENDING:
         return judged
-    about = [job, *(pod for pod in pods if ended(pod) is None)]
+    about = [pod for pod in pods if ended(pod) is None] or [job]
     events = [event for document in about for event in _events(kubectl, document)]
     return state(Seen(job, pods, events, _workload(kubectl, job)), now)
 

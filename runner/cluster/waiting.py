@@ -50,7 +50,7 @@ class Seen:
     pods: Sequence[Json]
     """Oldest first."""
     events: Sequence[Json] = ()
-    """About the Job and its newest pods, oldest first."""
+    """About the pods that have not ended, or else the Job; oldest first."""
     workload: Json | None = None
     """Kueue's word for the Job."""
 
