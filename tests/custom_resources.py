@@ -1,5 +1,5 @@
-"""Custom resources against the schemas of their definitions, strictly: an unknown field is an error here, where
-an API server would drop it without a word.
+"""Custom resources against the schemas of their definitions, strictly: an unknown field is an error here,
+where an API server would drop it without a word.
 
 The definitions are not part of this repository: `CRD_FOLDER`, else `shared/crd` beside the checkout.
 """

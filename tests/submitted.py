@@ -37,8 +37,8 @@ FULL = [
     " time_limit: 48h}",
     "launch.gpus_per_node=2",
     "kubernetes={image: 'registry.example.com/vlm-runner:0.1.0', image_pull_secrets: [registry],"
-    " namespace: vlm, service_account: trainer, cloud: gke, node_selector: {disk: nvme}, tolerations: [{key: team,"
-    " operator: Equal, value: vlm, effect: NoSchedule}], queue: gpu-spot, queue_priority: low,"
+    " namespace: vlm, service_account: trainer, cloud: gke, node_selector: {disk: nvme}, tolerations:"
+    " [{key: team, operator: Equal, value: vlm, effect: NoSchedule}], queue: gpu-spot, queue_priority: low,"
     " topology: cloud.google.com/gke-nodepool, labels: {team: vlm}, annotations: {team/contact: vlm},"
     " env: {AWS_REGION: eu-west-1}, hf_token_from: hub/read, keep_finished: 2h}",
     "aws_batch={image: 'registry.example.com/vlm-runner:0.1.0', queue: gpu-spot, region: eu-west-1, job_role:"

@@ -1,4 +1,4 @@
-"""`runner.targets`: what is rendered is what the golden files hold, what systems accept, and what clusters need."""
+"""`runner.targets`: what is rendered is in the golden files, is what systems accept and clusters need."""
 
 from __future__ import annotations
 

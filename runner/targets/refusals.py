@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 
 from runner.errors import Problem
+from runner.job.yaml_source import MAX_CHARACTERS
 from runner.manifest import Source, looks_local
 from runner.section import size
 from runner.targets.pods import GPU
@@ -41,11 +42,11 @@ INDEXED_NAME = 61
 IMAGE = "/opt/"
 """Local paths that are taken for the image's own."""
 
-CONFIG_MAP = 1 << 20
 OVERRIDES = 8192
 SUBMIT = 30 * 1024
 DEFINITION = 24 * 1024
-"""Bytes: of a ConfigMap's data; of AWS Batch's containerOverrides, SubmitJob and RegisterJobDefinition."""
+"""Bytes of AWS Batch's containerOverrides, SubmitJob and RegisterJobDefinition. (A ConfigMap takes 1 MiB: any
+job that is read at all.)"""
 
 OURS = re.compile(r"(JOB|RUNNER_|JOB__)|(HOME|HF_HOME|HF_TOKEN|HF_TOKEN_PATH|XDG_CACHE_HOME)$")
 """Variables that the templates, a secret or the job itself sets."""
@@ -58,6 +59,7 @@ _ALL_KUBERNETES = ("kubernetes", "jobset", "trainjob")
 def of(target: str, one: Submission) -> list[Problem]:
     """Why this target cannot run this job; empty if it can."""
     return [
+        *_text(one),
         *_store(one),
         *_local(one),
         *_machine(one),
@@ -69,25 +71,26 @@ def of(target: str, one: Submission) -> list[Problem]:
 
 def too_large(target: str, objects: list[Tree]) -> list[Problem]:
     """Which limits of the target its objects break."""
-    if target == "aws-batch":
-        definition, submit = (next(iter(one.values())) for one in objects)
-        sizes = [
-            ("RegisterJobDefinition", definition, DEFINITION),
-            ("SubmitJob", submit, SUBMIT),
-            ("containerOverrides of SubmitJob", submit["containerOverrides"], OVERRIDES),
-        ]
-        shorten = "shorten aws_batch.env, aws_batch.tags and aws_batch.secrets"
-        return [
-            Problem("aws_batch", f"{what} has {length:,} bytes, and AWS Batch takes {most:,}", shorten)
-            for what, tree, most in sizes
-            if (length := len(json.dumps(tree).encode())) > most
-        ]
-    texts = [one["data"]["job.yaml"] for one in objects if one.get("kind") == "ConfigMap"]
-    return [
-        Problem("", f"the job has {length:,} bytes, and a ConfigMap takes {CONFIG_MAP:,}", "shorten it")
-        for text in texts
-        if (length := len(text.encode())) > CONFIG_MAP
+    if target != "aws-batch":
+        return []
+    definition, submit = (next(iter(one.values())) for one in objects)
+    sizes = [
+        ("RegisterJobDefinition", definition, DEFINITION),
+        ("SubmitJob", submit, SUBMIT),
+        ("containerOverrides of SubmitJob", submit["containerOverrides"], OVERRIDES),
     ]
+    shorten = "shorten aws_batch.env, aws_batch.tags and aws_batch.secrets"
+    return [
+        Problem("aws_batch", f"{what} has {length:,} bytes, and AWS Batch takes {most:,}", shorten)
+        for what, tree, most in sizes
+        if (length := len(json.dumps(tree).encode())) > most
+    ]
+
+
+def _text(one: Submission) -> Iterator[Problem]:
+    if len(one.text) > MAX_CHARACTERS:
+        reason = f"with its defaults the job has {len(one.text):,} characters, and the container reads "
+        yield Problem("", f"{reason}{MAX_CHARACTERS:,}", "shorten its longest values")
 
 
 def _store(one: Submission) -> Iterator[Problem]:
