@@ -10,8 +10,8 @@ HTTPS on 127.0.0.1 (kubectl sends no token without), in threads of this process;
 Like the real server it keeps objects by kind, namespace and name, honours `dryRun=All`, strict fields, label
 and field selectors and deletion with a uid, and collects what an object's owner leaves behind, also what
 names an owner that is not there. Refused are, in the words of the real one: an unknown token, verbs without a
-right, namespaces that are not there, pods that break `restricted`, a quota, or name a service account that does
-not exist. A Job makes pods and lives through the stages of `plan`, one with every look at it.
+right, namespaces that are not there, pods that break `restricted`, a quota, or name a service account that
+does not exist. A Job makes pods and lives through the stages of `plan`, one with every look at it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from runner import cli
-from runner.cluster import act, kubernetes
+from runner.cluster import act, kubectl, kubernetes
 from runner.cluster.refusals import reason_of
 from runner.targets import render, submission
 from tests import fake_cluster as fake
@@ -469,3 +469,26 @@ def test_the_commands_of_the_docs_run(
             cluster.plan(fake.running())
         assert cli.main(command.split()[1:]) == 0, command
     assert len(cluster.of("jobs")) == 1  # the first is done and stays
+
+
+def test_a_kubectl_that_hangs_is_ended(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one whose credential plugin waits for a login."""
+    program = tmp_path / "kubectl"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(kubectl, "PROCESS", 0.2)
+    code, _, err = run(capsys, "submit", job)
+    assert code == 74 and "kubectl did not end within 0.2 s" in err
+
+
+def test_a_log_that_may_not_be_read(
+    cluster: FakeCluster, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = submitted(cluster, job, fake.running())
+    capsys.readouterr()
+    cluster.faults[len(cluster.requests) + 2] = "503"  # after the Jobs of this name, and the pods
+    code, out, err = run(capsys, "logs", job)
+    assert (code, out) == (74, "") and f"read the log of {name}-00000" in err

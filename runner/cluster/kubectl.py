@@ -134,13 +134,10 @@ class Kubectl:
         command = ["get", "--raw", self._path("pods", f"{pod}/log", query)]
         with _started(self._command(command, 0 if follow else REQUEST)) as process:
             assert process.stdout is not None and process.stderr is not None
-            try:
-                for line in process.stdout:
-                    yield line.rstrip("\n")
-                stderr = process.stderr.read()
-            finally:
-                process.kill()
-            if process.wait() > 0:
+            for line in process.stdout:
+                yield line.rstrip("\n")
+            stderr = process.stderr.read()
+            if process.wait():
                 raise self._refusal(f"read the log of {pod}", stderr)
 
     def _path(self, resource: str, name: str, query: Mapping[str, str]) -> str:
@@ -172,8 +169,6 @@ class Kubectl:
                     f"{' '.join(words[:2])}: kubectl did not end within {PROCESS} s\n"
                     "    remedy: see what kubectl cluster-info says; a credential plugin may wait for a login"
                 ) from error
-            finally:
-                process.kill()
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
@@ -198,4 +193,8 @@ def _started(command: Sequence[str]) -> Iterator[subprocess.Popen[str]]:
     except PermissionError as error:
         raise UsageError(f"kubectl cannot be run: {error.strerror}\n    remedy: install it anew") from error
     with process:
-        yield process
+        try:
+            yield process
+        finally:  # also one that hangs; and after a Ctrl-C `with` waits for none
+            process.kill()
+            process.wait()
