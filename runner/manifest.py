@@ -317,7 +317,9 @@ class Job(Section):
     evaluation: Evaluation | None = Field(default=None, description="Null: no evaluation by generation.")
     launch: Launch = Launch()
     checkpoints: Checkpoints = Checkpoints()
-    resources: Resources = Resources()
+    resources: Resources = Field(
+        default=Resources(), description="What each machine gives it. Runs on this one use what there is."
+    )
     kubernetes: Kubernetes | None = Field(
         default=None, description="Where and how it runs on a cluster. Null: it does not."
     )

@@ -69,7 +69,9 @@ class Toleration(Section):
     operator: Literal["Exists", "Equal"] = Field(
         default="Exists", description="Equal compares the value, too."
     )
-    value: str | None = Field(default=None, description="Value of the taint, with operator Equal.")
+    value: str | None = Field(
+        default=None, description="Value of the taint, with operator Equal. Null: none."
+    )
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
         default=None, description="Null: every effect."
     )
@@ -107,11 +109,13 @@ class Kubernetes(Section):
         default=None,
         description="Kueue's LocalQueue, which lets the job in when there is quota. Null: no queue.",
     )
-    queue_priority: Dns | None = Field(default=None, description="Kueue's WorkloadPriorityClass.")
+    queue_priority: Dns | None = Field(
+        default=None, description="Kueue's WorkloadPriorityClass. Null: the queue's."
+    )
     topology: Text | None = Field(
         default=None,
         description="Label of the domain, as cloud.google.com/gke-nodepool or topology.kubernetes.io/zone, "
-        "that Kueue should place all nodes of the job in.",
+        "that Kueue should place all nodes of the job in. Null: anywhere.",
     )
     labels: dict[str, str] = Field(default={}, description="More labels of all objects.")
     annotations: dict[str, str] = Field(default={}, description="More annotations of the pods.")
@@ -125,7 +129,7 @@ class Kubernetes(Section):
         default=None,
         pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?(/[-._a-zA-Z0-9]{1,253})?$",
         description="Secret that holds the Hugging Face token, as name or name/key (key token by default). "
-        "It is mounted as a file, never a variable, which children and dumps would have.",
+        "It is mounted as a file, never a variable, which children and dumps would have. Null: no token.",
     )
     termination_grace_seconds: Count | None = Field(
         default=None,
@@ -166,7 +170,7 @@ class AwsBatch(Section):
         default=None, description="ARN of the role of the container: the bucket. Null: none."
     )
     execution_role: Text | None = Field(
-        default=None, description="ARN of the role that pulls the image and reads secrets and log group."
+        default=None, description="ARN of the role that pulls the image and reads secrets. Null: none."
     )
     attempts: int = Field(
         default=10,
@@ -178,9 +182,11 @@ class AwsBatch(Section):
     env: dict[str, str] = Field(default={}, description=_ENV)
     secrets: list[SecretVariable] = Field(default=[], description="Variables from Secrets Manager or SSM.")
     log_group: Text | None = Field(default=None, description="Log group. Null: /aws/batch/job.")
-    share: Text | None = Field(default=None, description="Share identifier, on a queue with fair shares.")
+    share: Text | None = Field(
+        default=None, description="Share identifier, on a queue with fair shares. Null: none."
+    )
     priority: int | None = Field(
-        default=None, ge=0, le=9999, description="Scheduling priority within the share, with `share`."
+        default=None, ge=0, le=9999, description="Priority within the share, with `share`. Null: none."
     )
     tags: dict[str, str] = Field(default={}, description="More tags of definition and job.")
 

@@ -39,6 +39,14 @@ SUPERVISOR = {"runner.cli", "runner.launch", "runner.settings"}
 ASKS_CLUSTERS = {"runner.cli", "runner.cluster", "runner.status"}
 """Commands of a person. Nothing that runs in a container asks a cluster."""
 
+TARGETS_READ = {
+    *("runner", "runner.errors", "runner.exits", "runner.manifest", "runner.places", "runner.section"),
+    *("runner.settings", "runner.job.resolved", "runner.job.yaml_source"),
+}
+"""All that `runner.targets` is made of: a job in, plain data out."""
+
+ABOVE_TARGETS = {"runner.cli", "runner.cluster", "runner.render_verb"}
+
 TOP_LEVEL = {
     *{"docker", "jobs", "runner", "k8s", "tests", "bench", "docs", ".ci"},
     *{"Makefile", "pyproject.toml", "constraints.txt", "README.md", "LICENSE", ".gitignore", ".git"},
@@ -156,8 +164,14 @@ def _broken(edge: Import, light: bool) -> list[str]:
         "runner.train is a process, not a library": into and not inside,
         "a program of its own; nothing imports it": edge.imported in TORCH_PROGRAMS,
         "a plan is all that crosses into runner.train": inside and edge.imported in SUPERVISOR,
-        "a run does not know who started it": _within("runner.cluster", edge.imported)
+        "runs ask no cluster": _within("runner.cluster", edge.imported)
         and not any(_within(one, edge.importer) for one in ASKS_CLUSTERS),
+        "a target is made of the job and the table of exit codes": _within("runner.targets", edge.importer)
+        and edge.top == "runner"
+        and not _within("runner.targets", edge.imported)
+        and edge.imported not in TARGETS_READ,
+        "runs know nothing of who started them": _within("runner.targets", edge.imported)
+        and not any(_within(name, edge.importer) for name in ("runner.targets", *ABOVE_TARGETS)),
     }
     return [rule for rule, broken in rules.items() if broken]
 
@@ -212,7 +226,8 @@ def tree(folder: Path, files: dict[str, str]) -> dict[str, list[Import]]:
 REST = {
     "cli.py": "from runner import launch, plan, settings\nimport runner.demo",
     **dict.fromkeys(["launch.py", "plan.py", "settings.py", "demo/__init__.py", "demo/pretrain.py"], ""),
-    **dict.fromkeys(["train/__init__.py", "train/data.py", "cluster/__init__.py", "cluster/jobs.py"], ""),
+    **dict.fromkeys(["cluster/__init__.py", "cluster/jobs.py"], ""),
+    **dict.fromkeys(["train/__init__.py", "train/data.py", "targets/__init__.py", "targets/pods.py"], ""),
 }
 """The modules around the one that a test looks at."""
 
@@ -234,6 +249,12 @@ REST = {
         ("demo/__init__.py", "from runner.demo import pretrain", ["runner.demo -> runner.demo.pretrain"]),
         ("train/model.py", "from runner.launch import Launch", ["runner.train.model -> runner.launch"]),
         ("launch.py", "from runner.cluster import jobs", ["runner.launch -> runner.cluster.jobs"]),
+        (
+            "targets/pods.py",
+            "def f():\n    from runner import launch",
+            ["runner.targets.pods -> runner.launch"],
+        ),
+        ("plan.py", "from runner.targets import pods", ["runner.plan -> runner.targets.pods"]),
     ],
 )
 def test_walker_sees_a_forbidden_import(tmp_path: Path, module: str, source: str, seen: list[str]) -> None:

@@ -178,7 +178,11 @@ def test_time_price_and_grace(here: Path, monkeypatch: pytest.MonkeyPatch) -> No
     document = verb.make(resolved, asked)
     assert document["time"]["seconds"] == 1000 and document["time"]["price"] == 1.0
     assert document["grace"]["enough"] is True and document["grace"]["needed_seconds"] >= 3
-    assert "16:40, 1.00 at 3.6 an hour" in "\n".join(words.lines(document))
+    said = "\n".join(words.lines(document))
+    assert "16:40, 1.00 at 3.6 an hour" in said and "preemptions" not in said
+    on_spot = resolve(SFT, [*small, "resources.spot=true", "kubernetes.cloud=gke"], {}).job
+    said = "\n".join(words.lines({**document, "job": on_spot.model_dump(mode="json")}))
+    assert "10, 20, 40, ... 320 s" in said and "runner render jobset" in said
     assert verb.make(resolved, Asked(runs=here))["time"]["seconds"] is None
     (here / "demo-sft").mkdir()
     result = {"name": "demo-sft", "outcome": "done", "exit_code": 0, "steps": 500, "attempts": 1}

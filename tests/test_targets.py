@@ -6,15 +6,16 @@ import copy
 import json
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import kubernetes_validate
 import pytest
 
 from runner.manifest import Job
-from runner.places import Kubernetes
+from runner.places import Kubernetes, Resources
 from runner.section import size
 from runner.settings import resolve
+from runner.supervisor.direct import grace_seconds
 from runner.targets import TARGETS, render, submission
 from runner.targets.batch import delivery
 from runner.targets.pods import grace
@@ -296,21 +297,36 @@ def test_a_gpu_type_is_a_label_of_nodes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "notice", "template", "result"),
+    ("spot", "cloud", "given", "notice", "template", "result"),
     [
-        (None, None, (110, None), (110, 110)),
-        (60, None, (110, None), (60, 60)),
-        (None, None, (25, 15), (25, 15)),
-        (60, None, (25, 15), (60, 15)),
-        (None, 120, (25, 15), (120, 120)),
-        (60, 120, (25, 15), (60, 60)),
+        (False, "gke", None, None, (110, 110), (110, 110)),
+        (False, None, 60, None, (110, 110), (60, 60)),
+        (True, "gke", None, None, (25, 15), (25, 15)),
+        (True, "gke", 60, None, (25, 15), (60, 15)),
+        (True, "gke", None, 120, (25, 15), (120, 120)),
+        (True, "gke", 60, 120, (25, 15), (60, 60)),
+        (True, None, None, None, (110, 110), (110, None)),
+        (True, None, None, 30, (110, 110), (30, 30)),
     ],
 )
 def test_the_grace_that_is_true(
-    given: int | None, notice: int | None, template: tuple[int, int | None], result: tuple[int, int]
+    spot: bool,
+    cloud: Literal["gke"] | None,
+    given: int | None,
+    notice: int | None,
+    template: tuple[int, int],
+    result: tuple[int, int | None],
 ) -> None:
-    place = Kubernetes(termination_grace_seconds=given, notice_seconds=notice)
-    assert grace(place, *template) == result
+    place = Kubernetes(cloud=cloud, termination_grace_seconds=given, notice_seconds=notice)
+    assert grace(Resources(spot=spot), place, *template) == result
+
+
+def test_a_grace_that_nobody_knows_is_not_told() -> None:
+    job = render("kubernetes", submit(*PLACES, "resources.spot=true", "kubernetes.node_selector={a: b}"))[-1]
+    assert "RUNNER_GRACE_SECONDS" not in variables(job["spec"]["template"]["spec"])
+    job = render("trainjob", submit(*PLACES, "resources.spot=true", "kubernetes.node_selector={a: b}"))[-1]
+    assert job["spec"]["trainer"]["env"] == [{"name": "RUNNER_GRACE_SECONDS", "value": ""}]
+    assert grace_seconds({"RUNNER_GRACE_SECONDS": ""}) is None
 
 
 @pytest.mark.parametrize(

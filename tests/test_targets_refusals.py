@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from runner import places
 from runner.errors import JobError, Problem
 from runner.job.yaml_source import MAX_CHARACTERS
 from runner.settings import resolve
@@ -145,10 +146,11 @@ def test_names_that_name_no_object(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("JOB_YAML", "a", "the runner sets"),
-        ("JOB__SEED", "1", "the runner sets"),
-        ("RUNNER_CACHE", "/x", "the runner sets"),
-        ("HOME", "/x", "the runner sets"),
+        ("JOB_YAML", "a", "the runner or"),
+        ("JOB__SEED", "1", "the runner or"),
+        ("PET_NNODES", "2", "the target sets"),
+        ("RUNNER_CACHE", "/x", "the runner or"),
+        ("HOME", "/x", "the runner or"),
         ("1X", "a", "no name of a variable"),
         ("AWS_ENDPOINT_URL", "https://storage.googleapis.com", "conditional writes"),
     ],
@@ -180,6 +182,15 @@ def test_secrets_in_variables_are_refused_with_the_job(section: str, entry: str)
     assert "abc" not in str(refused.value)
 
 
+@pytest.mark.parametrize("label", ["{'a b': c}", "{a: 'b c'}", f"{{a: {'b' * 64}}}"])
+def test_labels_that_are_none(label: str) -> None:
+    assert "is no label" in only("kubernetes", f"kubernetes.labels={label}").reason
+
+
+def test_a_time_that_aws_batch_does_not_take() -> None:
+    assert only("aws-batch", "resources.time_limit=59s").path == "resources.time_limit"
+
+
 def test_labels_of_the_runner_stay() -> None:
     found = only("kubernetes", "kubernetes.labels={'vlm-runner/run': other}")
     assert found.path == "kubernetes.labels.vlm-runner/run"
@@ -187,7 +198,10 @@ def test_labels_of_the_runner_stay() -> None:
 
 @pytest.mark.parametrize(
     ("override", "key"),
-    [("kubernetes.priority_class=batch", "priority_class"), ("kubernetes.env_from=[s3]", "env_from")],
+    [
+        ("kubernetes.priority_class=batch", "priority_class"),
+        ("kubernetes.env_from=[s3]", "env_from"),
+    ],
 )
 def test_what_a_train_job_cannot_set(override: str, key: str) -> None:
     found = only("trainjob", override)
@@ -253,3 +267,17 @@ def test_values_that_no_section_takes(key: str, value: str) -> None:
     with pytest.raises(JobError) as refused:
         resolve(str(ROOT / "jobs" / "demo-sft.yaml"), [f"{key}={value}"], {})
     assert refused.value.problems[0].path == key
+
+
+@pytest.mark.parametrize(
+    "section", ["Resources", "Toleration", "Kubernetes", "SecretVariable", "AwsBatch", "GcpBatch"]
+)
+def test_every_key_is_described(section: str) -> None:
+    fields = getattr(places, section).model_fields
+    assert [name for name, field in fields.items() if not field.description] == []
+    bare = [
+        name
+        for name, field in fields.items()
+        if field.default is None and "Null" not in str(field.description)
+    ]
+    assert bare == [], "what null means"

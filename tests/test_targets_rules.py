@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from runner import exits
-from runner.targets import aws_batch, gcp_batch, kubernetes
+from runner.targets import aws_batch, gcp_batch, rules
 from tests.submitted import CASES, ROOT, rendered
 
 CODES = range(1, 256)
@@ -65,9 +65,9 @@ def of_job_set(policy: Tree, job: Tree, code: int, disrupted: bool) -> str:
     return "again, counted"
 
 
-def of_aws(rules: list[Tree], code: int | None) -> str:
+def of_aws(found: list[Tree], code: int | None) -> str:
     """What no rule matches is retried; every retry counts."""
-    for rule in rules:
+    for rule in found:
         if code is not None and fnmatch.fnmatchcase(str(code), rule["onExitCode"]):
             return {"EXIT": "give up"}[rule["action"]]
     return "again, counted"
@@ -113,8 +113,8 @@ def test_a_train_job(disrupted: bool) -> None:
 
 
 def test_a_deadline_ends_a_job_set() -> None:
-    rules = rendered("jobset", "least")[-1]["spec"]["failurePolicy"]["rules"]
-    (rule,) = [one for one in rules if one["onJobFailureReasons"] == ["DeadlineExceeded"]]
+    found = rendered("jobset", "least")[-1]["spec"]["failurePolicy"]["rules"]
+    (rule,) = [one for one in found if one["onJobFailureReasons"] == ["DeadlineExceeded"]]
     assert rule["action"] == "FailJobSet"
 
 
@@ -124,23 +124,23 @@ def as_counted(code: int) -> str:
 
 
 def test_aws_batch() -> None:
-    rules = rendered("aws-batch", "least")[0]["RegisterJobDefinition"]["retryStrategy"]["evaluateOnExit"]
-    assert rules == aws_batch.retry_rules()
-    assert [rule["onExitCode"] for rule in rules] == ["6*", "76", "77", "78", "9*"]
-    assert len(rules) <= 5
+    found = rendered("aws-batch", "least")[0]["RegisterJobDefinition"]["retryStrategy"]["evaluateOnExit"]
+    assert found == aws_batch.retry_rules()
+    assert [rule["onExitCode"] for rule in found] == ["6*", "76", "77", "78", "9*"]
+    assert len(found) <= aws_batch.RULES == 5
     for code in {*exits.EXITS, 1, 2, 126, 127, 130, 134, 137, 139, 143} - {0}:
-        assert of_aws(rules, code) == as_counted(code), code
+        assert of_aws(found, code) == as_counted(code), code
     # An exit code that nothing here ends with shares a pattern, nothing else does.
-    others = {code for code in CODES if of_aws(rules, code) != as_counted(code)}
+    others = {code for code in CODES if of_aws(found, code) != as_counted(code)}
     assert others == {6, *range(60, 70), 9, *range(90, 100)} - {64, 65, 93}
 
 
 @pytest.mark.parametrize("event", ["Host EC2 (instance i-0) terminated.", "CannotPullContainerError"])
 def test_aws_batch_without_an_exit_code(event: str) -> None:
     """A machine that was taken away, an image that could not be pulled: no rule says anything of reasons."""
-    rules = aws_batch.retry_rules()
-    assert all(set(rule) == {"onExitCode", "action"} for rule in rules), event
-    assert of_aws(rules, None) == "again, counted"
+    found = aws_batch.retry_rules()
+    assert all(set(rule) == {"onExitCode", "action"} for rule in found), event
+    assert of_aws(found, None) == "again, counted"
 
 
 def test_gcp_batch() -> None:
@@ -153,4 +153,4 @@ def test_gcp_batch() -> None:
 
 def test_the_base_of_k8s_has_the_same_rules() -> None:
     base = yaml.safe_load((ROOT / "k8s" / "base" / "train.yaml").read_text("utf-8"))
-    assert base["spec"]["podFailurePolicy"] == kubernetes.failure_policy()
+    assert base["spec"]["podFailurePolicy"] == rules.failure_policy()

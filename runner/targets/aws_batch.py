@@ -57,6 +57,7 @@ def retry_rules() -> list[Tree]:
     alone = {one[0] for one in again}
     codes = [str(code) for code in exits.codes("no")]
     patterns = dict.fromkeys(code if code[0] in alone else f"{code[0]}*" for code in codes)
+    assert len(patterns) <= RULES, "a code that is not retried needs a sixth rule"
     return [{"onExitCode": pattern, "action": "EXIT"} for pattern in patterns]
 
 

@@ -6,13 +6,12 @@ from runner.targets.pods import (
     TRAINER,
     config_map,
     deadline,
-    gang_policy,
     metadata,
     owned_by_jobset,
     patched,
     queue_labels,
-    restart_rules,
 )
+from runner.targets.rules import gang_policy, restart_rules
 from runner.targets.submission import Submission
 from runner.targets.template import Tree, load, merge
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from runner import exits
-from runner.targets.pods import config_map, deadline, metadata, on_disruption, on_exit, patched
+from runner.targets.pods import config_map, deadline, metadata, patched
+from runner.targets.rules import failure_policy
 from runner.targets.submission import Submission
 from runner.targets.template import Tree, load, merge
 
@@ -30,18 +30,6 @@ def objects(submission: Submission) -> list[Tree]:
         },
     )
     return [config_map(submission), service, _job(submission, indexed, {**spec, **counts, **found_by})]
-
-
-def failure_policy() -> Tree:
-    """podFailurePolicy, by the table of `runner.exits`. The first rule that matches wins; what none matches
-    counts against backoffLimit."""
-    return {
-        "rules": [
-            on_disruption("Ignore"),
-            on_exit("FailJob", exits.codes("no")),
-            on_exit("Ignore", exits.codes("uncounted")),
-        ]
-    }
 
 
 def _job(submission: Submission, base: Tree, spec: Tree) -> Tree:

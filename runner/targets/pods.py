@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from runner import __version__, exits
+from runner import __version__
 from runner.manifest import Job
 from runner.places import Kubernetes, Resources
 from runner.section import seconds
@@ -13,11 +11,9 @@ from runner.targets.template import Tree, load, merge
 
 BASE = "kubernetes/base/train.yaml"
 GPU = "nvidia.com/gpu"
+GRACE = "RUNNER_GRACE_SECONDS"
 TRAINER = "trainer"
 """Name of the container."""
-
-DISRUPTED: Tree = {"type": "DisruptionTarget", "status": "True"}
-"""The condition of a pod whose node was taken away, drained, or needed by others."""
 
 
 def kubernetes(job: Job) -> Kubernetes:
@@ -78,11 +74,11 @@ def deadline(job: Job) -> int | None:
     return None if limit is None or kubernetes(job).queue is not None else int(seconds(limit))
 
 
-def metadata(submission: Submission, **more: Any) -> Tree:
+def metadata(submission: Submission) -> Tree:
     """Name, namespace and labels of an object beside the Job."""
     place = kubernetes(submission.job)
     where = {} if place.namespace is None else {"namespace": place.namespace}
-    return {"name": submission.name, **where, "labels": all_labels(submission), **more}
+    return {"name": submission.name, **where, "labels": all_labels(submission)}
 
 
 def config_map(submission: Submission) -> Tree:
@@ -104,61 +100,13 @@ def owned_by_jobset(template: Tree) -> Tree:
     return merge(template, {"spec": {"containers": [{"name": container["name"], "env": [variable]}]}})
 
 
-def on_exit(action: str, codes: list[int], container: str = TRAINER) -> Tree:
-    """A rule of podFailurePolicy for exit codes."""
-    return {
-        "action": action,
-        "onExitCodes": {"containerName": container, "operator": "In", "values": codes},
-    }
-
-
-def on_disruption(action: str) -> Tree:
-    """A rule of podFailurePolicy for pods that had to go."""
-    return {"action": action, "onPodConditions": [dict(DISRUPTED)]}
-
-
-def gang_policy(container: str) -> Tree:
-    """podFailurePolicy of a Job whose pods start again together: each failure that says something ends it,
-    and whoever made it decides by `restart_rules`."""
-    return {
-        "rules": [
-            on_disruption("FailJob"),
-            on_exit("FailJob", exits.codes("no"), container),
-            on_exit("FailJob", exits.codes("uncounted"), container),
-        ]
-    }
-
-
-def restart_rules() -> list[Tree]:
-    """Rules of a JobSet's failurePolicy. What none matches restarts all, counted by maxRestarts.
-
-    A Job that a rule of its podFailurePolicy ended has the reason PodFailurePolicy, whatever the rule: exit
-    codes that are not retried are told from disruptions by the message.
-    """
-    codes = "|".join(str(code) for code in exits.codes("no"))
-    return [
-        {
-            "name": "giveUp",
-            "action": "FailJobSet",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-            "onJobFailureMessagePatterns": [f"failed with exit code ({codes}) matching"],
-        },
-        {"name": "outOfTime", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
-        {
-            "name": "goOn",
-            "action": "RestartJobSetAndIgnoreMaxRestarts",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-        },
-    ]
-
-
 def _spec(submission: Submission, spec: Tree) -> Tree:
     """The patch of the pod's spec."""
     job, place = submission.job, kubernetes(submission.job)
     selector = dict(place.node_selector)
     if job.resources.gpu_type is not None:
         selector[place.gpu_type_label] = job.resources.gpu_type
-    period, counted_on = _grace(place, spec, job.resources.spot)
+    period, counted_on = _grace(job, spec)
     patch: Tree = {
         "terminationGracePeriodSeconds": period,
         "serviceAccountName": place.service_account,
@@ -175,31 +123,34 @@ def _spec(submission: Submission, spec: Tree) -> Tree:
     return patch
 
 
-def grace(place: Kubernetes, at_most: int, leaves: int | None) -> tuple[int, int]:
-    """Seconds from SIGTERM to the kill, and those that the supervisor may count on.
+def grace(resources: Resources, place: Kubernetes, period: int, leaves: int) -> tuple[int, int | None]:
+    """Seconds from SIGTERM to the kill, and those that the supervisor may count on; None: nobody knows.
 
-    termination_grace_seconds   notice_seconds   template      result
-    null                        null             110, -        110, 110
-    60                          null             110, -        60, 60
-    null                        null             25, 15 (GKE)  25, 15
-    60                          null             25, 15        60, 15
-    null                        120              25, 15        120, 120
-    60                          120              25, 15        60, 60
+    spot   cloud   termination_grace_seconds   notice_seconds   template   result
+    no     any     null                        null             110, 110   110, 110
+    no     any     60                          null             110, 110   60, 60
+    yes    gke     null                        null             25, 15     25, 15
+    yes    gke     60                          null             25, 15     60, 15
+    yes    gke     null                        120              25, 15     120, 120
+    yes    gke     60                          120              25, 15     60, 60
+    yes    null    null                        null             110, 110   110, None
+    yes    null    null                        30               110, 110   30, 30
 
     Args:
-        at_most: the template's terminationGracePeriodSeconds.
-        leaves: what its spot nodes leave a pod; None: nobody takes the node away.
+        period: the template's terminationGracePeriodSeconds.
+        leaves: its RUNNER_GRACE_SECONDS, what its spot nodes leave a pod.
     """
-    given = place.termination_grace_seconds
-    notice = leaves if place.notice_seconds is None else place.notice_seconds
-    period = given or place.notice_seconds or at_most
-    return period, period if notice is None else min(period, notice)
+    grace_period = place.termination_grace_seconds or place.notice_seconds or period
+    if not resources.spot:
+        return grace_period, grace_period
+    if place.notice_seconds is not None:
+        return grace_period, min(grace_period, place.notice_seconds)
+    return grace_period, None if place.cloud is None else min(grace_period, leaves)
 
 
-def _grace(place: Kubernetes, spec: Tree, spot: bool) -> tuple[int, int]:
-    told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == "RUNNER_GRACE_SECONDS")
-    leaves = int(told) if spot and place.cloud is not None else None
-    return grace(place, spec["terminationGracePeriodSeconds"], leaves)
+def _grace(job: Job, spec: Tree) -> tuple[int, int | None]:
+    told = next(one["value"] for one in spec["containers"][0]["env"] if one["name"] == GRACE)
+    return grace(job.resources, kubernetes(job), spec["terminationGracePeriodSeconds"], int(told))
 
 
 def _tolerations(job: Job, base: list[Tree]) -> list[Tree]:
@@ -208,12 +159,13 @@ def _tolerations(job: Job, base: list[Tree]) -> list[Tree]:
     return [*kept, *more]
 
 
-def _container(submission: Submission, grace_seconds: int) -> Tree:
+def _container(submission: Submission, grace_seconds: int | None) -> Tree:
     job, place = submission.job, kubernetes(submission.job)
-    env = {"RUNNER_GRACE_SECONDS": str(grace_seconds), **place.env}
     amounts = requests(job.resources)
     mounts: list[Tree] = []
-    variables = [{"name": name, "value": value} for name, value in env.items()]
+    variables = [{"name": name, "value": value} for name, value in place.env.items()]
+    told = {"$patch": "delete"} if grace_seconds is None else {"value": str(grace_seconds)}
+    variables.append({"name": GRACE, **told})
     if place.hf_token_from is None:
         variables.append({"name": "HF_TOKEN_PATH", "$patch": "delete"})
         mounts.append({"mountPath": "/etc/secrets/hf", "$patch": "delete"})

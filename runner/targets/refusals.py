@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from runner.errors import Problem
 from runner.job.yaml_source import MAX_CHARACTERS
 from runner.manifest import Source, looks_local
-from runner.section import size
+from runner.section import seconds, size
 from runner.targets.pods import GPU
 from runner.targets.submission import Submission
 from runner.targets.template import Tree
@@ -48,8 +48,15 @@ DEFINITION = 24 * 1024
 """Bytes of AWS Batch's containerOverrides, SubmitJob and RegisterJobDefinition. (A ConfigMap takes 1 MiB: any
 job that is read at all.)"""
 
-OURS = re.compile(r"(JOB|RUNNER_|JOB__)|(HOME|HF_HOME|HF_TOKEN|HF_TOKEN_PATH|XDG_CACHE_HOME)$")
-"""Variables that the templates, a secret or the job itself sets."""
+OURS = re.compile(r"(JOB_|PET_|RUNNER_)|(HOME|HF_HOME|HF_TOKEN|HF_TOKEN_PATH|XDG_CACHE_HOME)$")
+"""Variables that the templates, a secret, the job itself or the target sets."""
+
+LABEL_VALUE = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+LABEL = rf"([a-z0-9]([-a-z0-9.]{{0,251}}[a-z0-9])?/)?{LABEL_VALUE}"
+"""Of Kubernetes."""
+
+ATTEMPT = 60
+"""Seconds, the shortest timeout of AWS Batch."""
 
 _GOOGLE = re.compile(r"://([\w.-]+\.)?storage\.googleapis\.com")
 _OWN_LABELS = ("app.kubernetes.io/", "vlm-runner/", "kueue.x-k8s.io/")
@@ -151,7 +158,7 @@ def _section(target: str, one: Submission) -> Iterator[Problem]:
         if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) is None:
             yield Problem(where, "it is no name of a variable", "use letters, digits and _")
         elif OURS.match(name):
-            yield Problem(where, "the runner sets this variable", "remove it")
+            yield Problem(where, "the runner or the target sets this variable", "remove it")
         elif _GOOGLE.search(value) and not one.job.checkpoints.allow_unfenced:
             yield Problem(
                 where,
@@ -189,15 +196,22 @@ def _pods(target: str, one: Submission) -> Iterator[Problem]:
             "spot nodes are asked for, and nothing says which those are",
             "set kubernetes.cloud=aws, gke or azure; or kubernetes.node_selector, and tolerations",
         )
-    for name in place.labels:
+    for name, value in place.labels.items():
         if name.startswith(_OWN_LABELS):
             yield Problem(f"kubernetes.labels.{name}", "the runner sets this label", "remove it")
+        elif re.fullmatch(LABEL, name) is None or (value and re.fullmatch(LABEL_VALUE, value) is None):
+            reason = f"{name}={value!r} is no label: at most 63 letters, digits, -, _ and . each"
+            yield Problem(f"kubernetes.labels.{name}", reason, "write it as an annotation, or shorten it")
     if target == "trainjob":
-        for key, value, instead in (
-            ("priority_class", place.priority_class, "set it in the ClusterTrainingRuntime, or use jobset"),
-            ("env_from", place.env_from, "give the service account a role, or use jobset"),
+        for key, is_set, instead in (
+            (
+                "priority_class",
+                place.priority_class is not None,
+                "set it in the ClusterTrainingRuntime, or use jobset",
+            ),
+            ("env_from", bool(place.env_from), "give the service account a role, or use jobset"),
         ):
-            if value:
+            if is_set:
                 yield Problem(f"kubernetes.{key}", "a TrainJob cannot set it", instead)
 
 
@@ -209,6 +223,11 @@ def _batch(target: str, one: Submission) -> Iterator[Problem]:
             f"{job.launch.nodes} nodes, and {system} starts no group of spot machines again together",
             "set launch.nodes=1 with more resources.gpu; or use runner render jobset, or kubernetes (an "
             "Indexed Job)",
+        )
+    limit = job.resources.time_limit
+    if target == "aws-batch" and limit is not None and seconds(limit) < ATTEMPT:
+        yield Problem(
+            "resources.time_limit", f"{limit}, and AWS Batch takes {ATTEMPT} s or more", "give it more"
         )
     if target == "aws-batch" and job.resources.gpu_type is not None:
         yield Problem(

@@ -5,15 +5,15 @@ from __future__ import annotations
 from runner.section import seconds
 from runner.targets.pods import (
     BASE,
+    GRACE,
     config_map,
-    gang_policy,
     metadata,
     owned_by_jobset,
     patched,
     queue_labels,
-    restart_rules,
     volumes,
 )
+from runner.targets.rules import gang_policy, restart_rules
 from runner.targets.submission import Submission
 from runner.targets.template import Tree, load, merge
 
@@ -60,6 +60,8 @@ def _train_job(submission: Submission) -> Tree:
     (container,) = template["spec"]["containers"]
     base = {one["name"]: one for one in load(BASE)["spec"]["template"]["spec"]["containers"][0]["env"]}
     changed = [one for one in container["env"] if base.get(one["name"]) != one]
+    if GRACE not in {one["name"] for one in container["env"]}:
+        changed.append({"name": GRACE, "value": ""})  # nobody knows it, and the runtime says one
     pods: Tree = {name: template["spec"][name] for name in PATCHED if name in template["spec"]}
     # The runtime's optional token stays where the job names none.
     pods["volumes"] = [
