@@ -222,6 +222,29 @@ def test_a_failure_of_any_request_leaves_nothing(
     assert _definitions(port) == _jobs(port) == [] and _stored(port) == {}
 
 
+def test_a_job_has_the_revision_that_was_registered_with_it(
+    proxy: FaultProxy,
+    port: int,
+    job: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where somebody else registers the next one meanwhile."""
+    called = batch_module.Batch.call
+
+    def overtaken(batch: Any, operation: str, **fields: Any) -> Any:
+        answer = called(batch, operation, **fields)
+        if operation == "RegisterJobDefinition":
+            called(batch, operation, **fields)
+        return answer
+
+    monkeypatch.setattr(batch_module.Batch, "call", overtaken)
+    submitted(job, capsys)
+    [made] = _jobs(port)
+    first, second = sorted(_definitions(port), key=lambda one: int(one["revision"]))
+    assert made["jobDefinition"] == first["jobDefinitionArn"] != second["jobDefinitionArn"]
+
+
 def test_ctrl_c_leaves_nothing(
     proxy: FaultProxy,
     port: int,

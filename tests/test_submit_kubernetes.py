@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,25 @@ def test_a_failure_of_any_request_leaves_nothing(
     assert cluster.objects == {}
     made = [line for line in cluster.lines if line in WHOLE[5:]]
     assert cluster.lines[-1] == "DELETE jobs" if made else "DELETE jobs" not in cluster.lines
+
+
+def test_a_terminals_ctrl_c_waits_for_the_request(cluster: FakeCluster, job: str) -> None:
+    """It goes to all that a shell's command has started, kubectl too."""
+    started: list[subprocess.Popen[str]] = []
+    cluster.at_request[5] = lambda: os.killpg(started[0].pid, signal.SIGINT)
+    started.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "runner", "submit", job],
+            cwd=Path(__file__).parents[1],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+    )
+    _, err = started[0].communicate(timeout=60)
+    assert (started[0].returncode, err) == (130, "interrupted\n")
+    assert cluster.lines[-2:] == ["POST configmaps", "DELETE jobs"]
+    assert cluster.objects == {}
 
 
 def test_what_cannot_be_taken_back_is_named(
