@@ -229,7 +229,8 @@ class Checkpoints(Section):
         default=None,
         pattern=URI_PATTERN,
         description="Where checkpoints go, in a folder of the run's name: s3://bucket/prefix (any endpoint "
-        "through AWS_ENDPOINT_URL) or a folder, as /mnt/checkpoints. Null: runs/<name>/checkpoints. "
+        "through AWS_ENDPOINT_URL) or a folder, as /mnt/checkpoints. Null: runs/<name>/checkpoints. Not "
+        "gs://: Google's S3 interface has no conditional writes by ETag, and wants allow_unfenced. "
         "Credentials come from boto3's standard chain, never from the job.",
     )
     save_steps: Count | None = Field(

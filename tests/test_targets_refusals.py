@@ -161,6 +161,14 @@ def test_variables_that_may_not_be_set(target: str, section: str, name: str, val
     assert said in problem.reason
 
 
+def test_googles_addresses_are_answered() -> None:
+    with pytest.raises(JobError) as refused:
+        resolve(str(ROOT / "jobs" / "demo-sft.yaml"), ["checkpoints.uri=gs://my-bucket/runs"], {})
+    (problem,) = refused.value.problems
+    assert problem.path == "checkpoints.uri"
+    assert "conditional writes" in problem.remedy and "s3://" in problem.remedy
+
+
 def test_googles_store_with_one_writer_is_the_users_word() -> None:
     endpoint = "kubernetes.env={AWS_ENDPOINT_URL: 'https://storage.googleapis.com'}"
     render("kubernetes", submit(*PLACES, endpoint, "checkpoints.allow_unfenced=true"))
