@@ -16,7 +16,7 @@ BIN := .venv/bin
 unexport JOB SET ARGS PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help train validate test check chaos bench schema clean has-job
+.PHONY: help train validate submit test check chaos bench schema clean has-job
 
 help: ## Show this list
 	@echo 'usage: make TARGET [NAME=value]'
@@ -29,6 +29,9 @@ train: has-job .venv/.installed ## Train a job: make train JOB=jobs/demo-sft.yam
 
 validate: has-job .venv/.installed ## Check a job without running it: make validate JOB=jobs/demo-sft.yaml
 	@exec $(BIN)/runner validate $(if $(JOB),"$(JOB)") $(SET)
+
+submit: has-job .venv/.installed ## Run a job on Kubernetes or AWS Batch: make submit JOB=jobs/mine.yaml ARGS="--watch"
+	@exec $(BIN)/runner submit $(if $(JOB),"$(JOB)") $(SET) $(ARGS)
 
 test: check .venv/torchvision-cpu ## Run check and every test: make test ARGS="-k manifest"
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runner import __version__
+from runner.cluster.verbs import VERBS as CLUSTER
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
 from runner.job_words import SOURCES, job_arguments, split
@@ -269,6 +270,7 @@ VERBS: dict[str, Verb | Group] = {
         "  runner checkpoints pull runs/my-charts --to my-adapter\n",
         _checkpoints,
     ),
+    **CLUSTER,
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",
         "  runner schema > job.schema.json\n"

@@ -8,7 +8,7 @@ import re
 from runner.errors import UsageError
 
 SOURCES = """\
-JOB is a YAML file. Without it the job comes from JOB_FILE (a path) or JOB_YAML (the text itself).
+JOB is a YAML file. Without it the job comes from JOB_FILE (a path or s3://) or JOB_YAML (the text itself).
 Values, strongest first: key=value here, JOB__SECTION__KEY in the environment, the file, the default.
 """
 

@@ -2,7 +2,7 @@
 
     strongest   command line     training.learning_rate=1e-5   datasets.train.0.split="train[:1%]"
                 environment      JOB__TRAINING__LEARNING_RATE=1e-5   JOB__DATASETS__TRAIN__0__SPLIT=...
-                the file         the argument, else JOB_FILE (path or file: URL), else the text in JOB_YAML
+                the file         the argument, else JOB_FILE (path, s3://), else the text in JOB_YAML
     weakest     default          `runner.manifest`
 
 Mappings are merged key by key; a list, and null, replace what is weaker; an index addresses one item of a
@@ -88,7 +88,7 @@ def resolve(job_file: str | None, overrides: list[str], environ: Mapping[str, st
     """The job from all sources.
 
     Args:
-        job_file: path or file: URL; None to use JOB_FILE or JOB_YAML.
+        job_file: path, file: URL or s3://bucket/key; None to use JOB_FILE or JOB_YAML.
         overrides: `key=value`, as on the command line; the last of two equal keys wins.
         environ: the environment.
 
@@ -96,6 +96,7 @@ def resolve(job_file: str | None, overrides: list[str], environ: Mapping[str, st
         UsageError: an override is not `key=value`.
         JobError: the job is wrong; every problem that was found.
         AccessDenied: the file may not be read.
+        StorageError: it is in a bucket, which does not answer.
     """
     layers = (command_line(overrides), environment(environ), file(job_file, environ))
     problems = [*near_misses(environ), *(problem for layer in layers for problem in faults(layer))]

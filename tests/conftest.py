@@ -77,6 +77,8 @@ LONGEST = (
     "demos",
     "refused_strategies",
     "resume",
+    "submit_kubernetes",
+    "submit_batch",
     "chaos",
     "faults",
     "damage",

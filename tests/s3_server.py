@@ -33,17 +33,18 @@ BUCKET = "bucket"
 
 
 @contextlib.contextmanager
-def s3_server(window: float = 0.0) -> Iterator[int]:
+def s3_server(window: float = 0.0, module: str = __name__) -> Iterator[int]:
     """Run a server with one empty bucket; yields its port.
 
     Args:
         window: seconds that a write takes after its condition was found to hold.
+        module: that is run: this one, or one that adds to it.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", __name__, str(port), str(window)],
+        [sys.executable, "-W", "ignore", "-m", module, str(port), str(window)],
         cwd=Path(__file__).parents[1],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -87,8 +88,12 @@ def one_write_at_a_time(store: Application) -> Application:
     return application
 
 
-def serve(port: int, window: float) -> None:
-    """Never returns."""
+def serve(port: int, window: float, around: Callable[[Application], Application] = lambda moto: moto) -> None:
+    """Never returns.
+
+    Args:
+        around: puts something before moto.
+    """
     from moto.moto_server.werkzeug_app import (
         DomainDispatcherApplication,
         MotoRequestHandler,
@@ -107,7 +112,7 @@ def serve(port: int, window: float) -> None:
     if window:
         S3Backend.put_object = late(S3Backend.put_object)
         S3Backend.complete_multipart_upload = late(S3Backend.complete_multipart_upload)
-    moto = DomainDispatcherApplication(create_backend_app)
+    moto = around(DomainDispatcherApplication(create_backend_app))
     run_simple(
         "127.0.0.1", port, one_write_at_a_time(moto), threaded=True, request_handler=MotoRequestHandler
     )

@@ -36,6 +36,9 @@ TORCH_PROGRAMS = {"runner.demo.pretrain", "runner.schema.generate"}
 SUPERVISOR = {"runner.cli", "runner.launch", "runner.settings"}
 """What `runner.train` never imports: data flows one way."""
 
+ASKS_CLUSTERS = {"runner.cli", "runner.cluster", "runner.status"}
+"""Commands of a person. Nothing that runs in a container asks a cluster."""
+
 TARGETS_READ = {
     *("runner", "runner.errors", "runner.exits", "runner.manifest", "runner.places", "runner.section"),
     *("runner.settings", "runner.job.resolved", "runner.job.yaml_source"),
@@ -161,6 +164,8 @@ def _broken(edge: Import, light: bool) -> list[str]:
         "runner.train is a process, not a library": into and not inside,
         "a program of its own; nothing imports it": edge.imported in TORCH_PROGRAMS,
         "a plan is all that crosses into runner.train": inside and edge.imported in SUPERVISOR,
+        "runs ask no cluster": _within("runner.cluster", edge.imported)
+        and not any(_within(one, edge.importer) for one in ASKS_CLUSTERS),
         "a target is made of the job and the table of exit codes": _within("runner.targets", edge.importer)
         and edge.top == "runner"
         and not _within("runner.targets", edge.imported)
@@ -221,6 +226,7 @@ def tree(folder: Path, files: dict[str, str]) -> dict[str, list[Import]]:
 REST = {
     "cli.py": "from runner import launch, plan, settings\nimport runner.demo",
     **dict.fromkeys(["launch.py", "plan.py", "settings.py", "demo/__init__.py", "demo/pretrain.py"], ""),
+    **dict.fromkeys(["cluster/__init__.py", "cluster/jobs.py"], ""),
     **dict.fromkeys(["train/__init__.py", "train/data.py", "targets/__init__.py", "targets/pods.py"], ""),
 }
 """The modules around the one that a test looks at."""
@@ -242,6 +248,7 @@ REST = {
         ("demo/pretrain.py", "import runner.train.data", ["runner.demo.pretrain -> runner.train.data"]),
         ("demo/__init__.py", "from runner.demo import pretrain", ["runner.demo -> runner.demo.pretrain"]),
         ("train/model.py", "from runner.launch import Launch", ["runner.train.model -> runner.launch"]),
+        ("launch.py", "from runner.cluster import jobs", ["runner.launch -> runner.cluster.jobs"]),
         (
             "targets/pods.py",
             "def f():\n    from runner import launch",

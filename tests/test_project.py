@@ -23,7 +23,7 @@ from tests.test_architecture import import_graph
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TARGETS = {"help", "train", "validate", "test", "check", "bench", "chaos", "schema", "clean"}
+TARGETS = {"help", "train", "validate", "submit", "test", "check", "bench", "chaos", "schema", "clean"}
 NOT_IMPORTED = {
     "mypy",
     "num2words",

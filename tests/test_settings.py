@@ -263,7 +263,7 @@ def test_files_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "No such file" in refused(str(tmp_path / "none.yaml"))[0].reason
     assert "directory" in refused(str(tmp_path))[0].reason
     assert "null byte" in refused("a\x00b")[0].reason
-    assert "reserved" in refused(None, JOB_FILE="s3://bucket/job.yaml")[0].reason
+    assert "not the address of an object" in refused(None, JOB_FILE="s3://bucket/folder/")[0].reason
     assert "reserved" in refused("https://host/job.yaml")[0].reason
 
     def forbidden(*_: Any) -> None:

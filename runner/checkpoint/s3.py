@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from runner import aws
 from runner.checkpoint.s3_errors import Meaning, answered, silent
 from runner.checkpoint.s3_parts import Parts, Slice, cut, finish
 from runner.checkpoint.store import Missing, Object, Patience, Transient
@@ -49,7 +50,7 @@ class Settings:
 
     bucket: str
     prefix: str
-    """Without a slash at the end."""
+    """Without a slash at the end; empty for the bucket itself."""
     kms_key: str | None = None
     """Key id for SSE-KMS; None: as the bucket encrypts by default."""
     owner: str | None = None
@@ -80,7 +81,7 @@ class S3Store:
         """Operations that were answered: a right to read says nothing about one to write."""
         self._pool = ThreadPoolExecutor(THREADS, "s3")
         """Sends parts and reads ranges; what is in memory at once does not grow with the files."""
-        self.place = f"s3://{settings.bucket}/{settings.prefix}"
+        self.place = f"s3://{settings.bucket}/{settings.prefix}".rstrip("/")
 
     def create(self, key: str, data: bytes) -> bool:
         sha256 = hashlib.sha256(data)
@@ -116,6 +117,23 @@ class S3Store:
     def read(self, key: str) -> Object | None:
         return self._patience.run(lambda: self._read(key))
 
+    def beginning(self, key: str, most: int) -> bytes | None:
+        """So many bytes of an object at most, None if there is none."""
+
+        def read(answer: Any, body: Any) -> bytes:
+            del answer
+            data = b""
+            # To its end: only there is an answer that was cut found out.
+            while len(data) < most and (piece := body.read(most - len(data))):
+                data += piece
+            return data
+
+        try:
+            data: bytes = self._patience.run(lambda: self._get(key, read))
+        except Missing:
+            return None
+        return data
+
     def fetch(self, key: str, path: Path, size: int) -> str:
         digest = hashlib.sha256()
         with disk("restore a checkpoint", path):
@@ -145,7 +163,7 @@ class S3Store:
             query: dict[str, Any] = {"Prefix": self._key(prefix), **token}
             page = self._patience.run(partial(self._call, "ListObjectsV2", prefix, **query))
             for entry in page.get("Contents", []):
-                yield entry["Key"][len(self._at.prefix) + 1 :]
+                yield entry["Key"][len(self._key("")) :]
             if not page.get("IsTruncated"):
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
@@ -250,7 +268,7 @@ class S3Store:
     # --- the client ---
 
     def _key(self, key: str) -> str:
-        return f"{self._at.prefix}/{key}"
+        return f"{self._at.prefix}/{key}" if self._at.prefix else key
 
     def _call(
         self, operation: str, key: str, use: Callable[[Any], Any] = lambda answer: answer, **fields: Any
@@ -261,20 +279,7 @@ class S3Store:
             _Lost: the condition does not hold.
             Missing, Transient, AccessDenied, JobError, StorageError: see `s3_errors`.
         """
-        from botocore.exceptions import (
-            BotoCoreError,
-            ClientError,
-            ConfigNotFound,
-            ConfigParseError,
-            CredentialRetrievalError,
-            InvalidConfigError,
-            NoCredentialsError,
-            ParamValidationError,
-            PartialCredentialsError,
-            ProfileNotFound,
-            SSOError,
-            TokenRetrievalError,
-        )
+        from botocore.exceptions import BotoCoreError, ClientError, ParamValidationError
 
         said = f"{operation} {self.place}/{key}"
         if isinstance(body := fields.get("Body"), Slice):
@@ -291,28 +296,14 @@ class S3Store:
                 with self._lock:
                     self._expired = True  # the next call reads the credentials again
             raise ours from error
-        except NoCredentialsError as error:
-            remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role for this machine"
-            raise AccessDenied(f"{said}: no credentials were found; remedy: {remedy}") from error
-        except (
-            ConfigNotFound,
-            ConfigParseError,
-            CredentialRetrievalError,
-            InvalidConfigError,
-            PartialCredentialsError,
-            ProfileNotFound,
-            SSOError,
-            TokenRetrievalError,
-        ) as error:
-            remedy = "correct AWS_PROFILE, the variables AWS_* or ~/.aws, or log in again (aws sso login)"
-            denied = AccessDenied(f"{said}: no usable credentials: {error}; remedy: {remedy}")
-            # What worked once may only be renewed too late.
-            raise (Transient(denied) if self._worked else denied) from error
         except ParamValidationError as error:
             reason = f"{self.place}: not a place in S3: {error}"
             raise JobError([Problem("checkpoints.uri", reason, "write s3://bucket/prefix")]) from error
-        except BotoCoreError as error:  # no answer, or half of one
-            raise Transient(silent(f"{said}: {error}")) from error
+        except BotoCoreError as error:
+            if (denied := aws.unusable(error, said)) is None:  # no answer, or half of one
+                raise Transient(silent(f"{said}: {error}")) from error
+            # What worked once may only be renewed too late.
+            raise (Transient(denied) if self._worked else denied) from error
         self._worked.add(operation)
         return result
 
@@ -350,27 +341,16 @@ _METHODS = {
 
 
 def _client() -> Any:
-    import boto3
-    from botocore.config import Config
-
     # A store of one's own has no host per bucket.
     own = any(name in os.environ for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"))
-    config = Config(
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        connect_timeout=10,
-        read_timeout=20,
+    return aws.client(
+        "s3",
         max_pool_connections=2 * THREADS,
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         # Every body has a checksum among the signed headers; signing the body would hash it once more.
         s3={"payload_signing_enabled": False, **({"addressing_style": "path"} if own else {})},
     )
-    # A session of its own: boto3's default one is not made for threads, and keeps old credentials.
-    session = boto3.session.Session()
-    if (credentials := session.get_credentials()) is not None:
-        credentials.get_frozen_credentials()  # what is wrong with them is found here, not in a request
-    # Every other SDK of Amazon's reads AWS_REGION, and platforms set it; boto3 has AWS_DEFAULT_REGION alone.
-    return session.client("s3", region_name=os.environ.get("AWS_REGION"), config=config)
 
 
 def _content(answer: Any, body: Any) -> tuple[bytes, str]:

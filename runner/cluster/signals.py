@@ -1,0 +1,29 @@
+"""Signals wait while something is made that must be whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def signals_later() -> Iterator[Callable[[], None]]:
+    """Keep SIGINT and SIGTERM until the block ends; for the main thread.
+
+    Yields:
+        A check that raises KeyboardInterrupt when one came.
+    """
+    came: list[int] = []
+
+    def asked() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda got, frame: came.append(got)) for number in numbers]
+    try:
+        yield asked
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
