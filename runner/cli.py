@@ -21,6 +21,8 @@ from typing import NoReturn, TypeVar
 from runner import __version__
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
+from runner.health import HEALTH
+from runner.last_words import spoken
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
@@ -53,7 +55,7 @@ def entry() -> NoReturn:
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        return _run(argv)
+        return spoken(os.environ, lambda: _run(argv)) if argv[:1] == ["train"] else _run(argv)
     except ReaderLeft:
         return 0
     except JobError as error:
@@ -289,6 +291,7 @@ VERBS: dict[str, Verb | Group] = {
         "  runner checkpoints pull runs/my-charts --to my-adapter\n",
         _checkpoints,
     ),
+    "health": HEALTH,
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",
         "  runner schema > job.schema.json\n"

@@ -17,7 +17,8 @@ Events of the supervisor:
     wait, go    training waits for the store, or goes on: at_risk, seconds
     bad         a committed checkpoint does not verify: id, reason
     removed     something that nobody committed is deleted: id, reason
-    notice      asked to stop: reason
+    notice      asked to stop: reason; seconds until the machine is gone, null if nobody said
+    advice      asked to save at once and go on: reason
     garbage     a line on the pipe that is no event: bytes, text
     end         how the supervisor ended: outcome, exit_code, error
 

@@ -209,6 +209,12 @@ def test_a_save_interval_holds_from_then_on(trainer: Trainer) -> None:
     assert trainer.train({2: often, 3: GO, 4: seldom}) == saved
 
 
+def test_an_advice_saves_once_at_the_next_step_whatever_else_is_asked(trainer: Trainer) -> None:
+    once, twice = Request(saves=1), Request(saves=2)
+    saved = [1, 2, "save", 3, 4, "save", 5, 6, "save"]
+    assert trainer.train({2: once, 4: twice, 5: dataclasses.replace(twice, save_seconds=1e9)}) == saved
+
+
 def test_a_save_interval_comes_with_a_wait_too(trainer: Trainer) -> None:
     after(trainer, 60, Request("go", save_seconds=15))
     asked = {2: dataclasses.replace(Request("wait"), save_seconds=5)}

@@ -162,8 +162,9 @@ class Attempts:
                 custody.shipper.offer(self._folder.outbox / Path(event["id"]).name)
 
         def on_notice(reason: str) -> bool:
-            self._journal.say({"event": "notice", "reason": reason})
-            return self._director.stop(reason)
+            left = self._notices.left
+            self._journal.say({"event": "notice", "reason": reason, "seconds": left})
+            return self._director.stop(reason, left)
 
         def on_tick() -> str | None:
             self._journal.show()
@@ -173,6 +174,9 @@ class Attempts:
             for entry, seconds in custody.shipper.committed():
                 self._pace.committed(entry, seconds)
                 self._team.progress(entry.step)
+            if (advice := self._notices.advice()) is not None:
+                self._journal.say({"event": "advice", "reason": advice})
+                self._director.save(advice)
             if self.seen.phase == "wait" and nothing_to_come and self._pace.behind:
                 return "the checkpoint that it waits for was damaged before it was sent"
             return self._team.look() or self._director.look()
