@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import re
 import sys
 import tempfile
 import traceback
@@ -19,10 +18,11 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runner import __version__
-from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
+from runner.command import Group, ReaderLeft, Verb, complain, job_words, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
 from runner.health import HEALTH
 from runner.last_words import spoken
+from runner.status import STATUS
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
@@ -159,23 +159,11 @@ def _schema_arguments(parser: argparse.ArgumentParser) -> None:
     del parser  # takes nothing
 
 
-def _split(words: list[str]) -> tuple[str | None, list[str]]:
-    """The job file and the overrides. A word is an override when a key could stand before its first `=`."""
-    overrides = [word for word in words if re.match(r"[^/\\=]*=", word)]
-    files = [word for word in words if word not in overrides]
-    if len(files) > 1:
-        raise UsageError(
-            f"read the command line: {len(files)} job files, {', '.join(files)}\n"
-            "    remedy: name one; write values as key=value, in quotes when they have blanks"
-        )
-    return (files[0] if files else None), overrides
-
-
 def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     if arguments.resolved:
         say(resolved_yaml(resolved))
         return 0
@@ -196,7 +184,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 def _plan(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     from runner.planning.verb import Asked, plan
 
     asked = Asked(
@@ -212,7 +200,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)  # a bad job is answered before more is loaded
+    resolved = resolve(*job_words(arguments.words), os.environ)  # a bad job is answered before more is loaded
     from runner import launch
 
     return launch.train(resolved, arguments.runs)
@@ -221,7 +209,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace) -> int:
     from runner.settings import resolve
 
-    resolved = resolve(*_split(arguments.words), os.environ)
+    resolved = resolve(*job_words(arguments.words), os.environ)
     from runner import launch
 
     return launch.evaluate(resolved, arguments.runs, arguments.adapter)
@@ -291,6 +279,7 @@ VERBS: dict[str, Verb | Group] = {
         "  runner checkpoints pull runs/my-charts --to my-adapter\n",
         _checkpoints,
     ),
+    "status": STATUS,
     "health": HEALTH,
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",

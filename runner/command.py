@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -115,3 +116,15 @@ def complain(message: str) -> None:
     """Print to stderr."""
     with contextlib.suppress(OSError):  # nobody reads; the exit code still tells
         print(message, file=sys.stderr, flush=True)
+
+
+def job_words(words: list[str]) -> tuple[str | None, list[str]]:
+    """The job file and the overrides. A word is an override when a key could stand before its first `=`."""
+    overrides = [word for word in words if re.match(r"[^/\\=]*=", word)]
+    files = [word for word in words if word not in overrides]
+    if len(files) > 1:
+        raise UsageError(
+            f"read the command line: {len(files)} job files, {', '.join(files)}\n"
+            "    remedy: name one; write values as key=value, in quotes when they have blanks"
+        )
+    return (files[0] if files else None), overrides

@@ -8,7 +8,8 @@ Events of the supervisor:
 
     start       a supervisor took the run: versions
     attempt     a trainer starts: restore (id or null), step
-    restart     why there is another attempt: reason, step; after an out of memory per_device: {from, to}
+    restart     why there is another attempt: reason, step; after: trainer, or of a whole command notice,
+                lost, failure; after an out of memory per_device: {from, to}
     fidelity    how an attempt goes on from its checkpoint: fidelity (exact, close), changes (texts)
     commit      a checkpoint is committed: id, step, leftover; seconds that it took
     replaced    a checkpoint that waited to be sent is given up for a newer one: id, by

@@ -240,8 +240,8 @@ class Attempts:
     def _say_start(self, plan: Plan, restore: Sealed | None, restart: Restart | None) -> None:
         id, step = (None, 0) if restore is None else (restore.id, restore.step)
         if restart is not None:
-            said = {"reason": restart.reason, "step": step, "per_device": restart.sizes}
-            self._journal.say({"event": "restart", **said})
+            said = {"reason": restart.reason, "after": restart.after, "step": step}
+            self._journal.say({"event": "restart", **said, "per_device": restart.sizes})
             origin = "step 0" if id is None else f"checkpoint {id}, step {step}"
             smaller = ""
             if restart.sizes is not None:
@@ -266,12 +266,14 @@ class Attempts:
         if last is None or before is None or not self._journal.record.attempts:
             return None
         if last["event"] == "end" and before.state != "held":
-            return Restart(f"{last.get('outcome')}: {last.get('error')}")
+            noticed = last.get("outcome") == Preempted.outcome
+            reason = f"{last.get('outcome')}: {last.get('error')}"
+            return Restart(reason, after="notice" if noticed else "failure")
         size = before.geometry.get("per_device")
         if (before.memory_peak or 0.0) >= NEAR and isinstance(size, int):
             how = f"killed together with its supervisor at {before.memory_peak:.0%} of the memory limit"
             return self._batch.shrink_after(size, how)
-        return Restart("killed together with its supervisor")
+        return Restart("killed together with its supervisor", after="lost")
 
     def _stopped(self, how: str, custody: Custody) -> str:
         newest = custody.newest
