@@ -169,7 +169,7 @@ def standing(
         restarts=() if record is None else tuple(record.restarts),
         seconds=None if record is None else record.seconds,
         error=last.get("error") if ended else None,
-        exit_code=last.get("exit_code") if ended else None,
+        exit_code=record.exit_code if ended and record is not None else None,
         events=tuple(event for event in events if event["event"] not in QUIET)[-EVENTS:],
     )
 

@@ -71,6 +71,8 @@ class Record(BaseModel):
     """Of the least faithful resume."""
     last: dict[str, Any] | None = None
     """The newest event of an attempt or of the end of a supervisor."""
+    exit_code: int | None = None
+    """Of that end."""
     size: int = 0
     """Bytes of the events file of the last supervisor that are in this."""
     clock: float | None = None
@@ -102,7 +104,8 @@ class Record(BaseModel):
             case "fidelity" if self.fidelity != "close":
                 self.fidelity = event.get("fidelity")
             case "attempt" | "end":
-                self.last = {key: event.get(key) for key in ("event", "outcome", "exit_code", "error")}
+                self.last = {key: event.get(key) for key in ("event", "outcome", "error")}
+                self.exit_code = event.get("exit_code")
 
 
 def read(path: Path) -> Result | None:
