@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,3 +112,12 @@ def test_the_probe_loads_almost_nothing() -> None:
     ended = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
     loaded = set(ended.stdout.split())
     assert {"pydantic", "yaml", "boto3", "rich", "torch", "http", "ssl"} & loaded == set()
+
+
+def test_command_of_the_docs(bench: Bench) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "notices.md").read_text("utf-8")
+    (line,) = re.findall(r"```bash\n(runner health .*)\n```", text)
+    words = line.replace("/scratch/runs", str(bench.runs)).split()[1:]
+    assert cli.main(words) == 1
+    assert bench.train(before=quick)[0] == 0
+    assert cli.main(words) == 0  # it has ended a moment ago

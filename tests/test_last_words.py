@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -173,3 +174,10 @@ def test_nobody_asked(capsys: pytest.CaptureFixture[str]) -> None:
     write({}, "done", 0, "done")
     assert capsys.readouterr().err == ""
     assert last_words.without_secrets("nothing to hide", {}) == "nothing to hide"
+
+
+def test_example_of_the_docs_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "notices.md").read_text("utf-8")
+    (example,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "log").write_text(example)
+    assert said(tmp_path / "log")["outcome"] == "preempted"

@@ -295,3 +295,14 @@ def test_a_request_that_cannot_be_read_ends_the_attempt_by_name(tmp_path: Path) 
     outcome, _ = run(tmp_path, CHANGES, on_event=garble)
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
     assert "a defect of the runner" in outcome["error"]
+
+
+def test_an_advice_costs_one_save_and_training_goes_on(tmp_path: Path) -> None:
+    def advise(event: dict[str, Any]) -> None:
+        if event["event"] == "begin" and event["step"] == 1:
+            request.write(tmp_path / "attempts" / "1", Request(saves=1))
+
+    outcome, events = run(tmp_path, {}, on_event=advise)
+    assert (outcome["outcome"], outcome["step"]) == ("done", 4), outcome
+    first, last = [event["step"] for event in events if event["event"] == "checkpoint"]
+    assert first < last == 4

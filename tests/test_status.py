@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from runner import cli
 from runner.checkpoint.head import Head, Owner
 from runner.status.standing import State, standing, state_of
+from runner.status.verb import document
 from runner.supervisor.now import LOSSES, Now
 from runner.supervisor.result import Record
 from tests.machines import Bench, World, at, hasty
@@ -249,3 +251,40 @@ def test_noise_is_left_out_of_the_last_events() -> None:
     events = [{"event": "owner"}, *({"event": "step"} for _ in range(30)), {"event": "commit", "id": "a"}]
     seen = standing(head("held"), 1, None, events)
     assert [event["event"] for event in seen.events] == ["owner", "commit"]
+
+
+# --- the docs ---
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def test_commands_of_the_docs_do_what_they_say(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (block,) = re.findall(r"```bash\n(.*?)```", (DOCS / "status.md").read_text("utf-8"), re.DOTALL)
+    world.uri = "s3://bucket/prefix"
+    in_bucket = world.machine()
+    here = Bench.beside(in_bucket, tmp_path)
+    for bench, uri in ((in_bucket, world.uri), (here, None)):
+        bench.job |= {"name": "my-charts", "checkpoints": {"uri": uri}}
+        code, output = bench.train()
+        assert code == 0, output
+    (tmp_path / "jobs").symlink_to(DOCS.parent / "jobs")
+    monkeypatch.chdir(tmp_path)
+    codes = [cli.main(line.split()[1:]) for line in block.splitlines()]
+    assert codes == [0, 65, 0]  # nobody has trained demo-sft there
+    assert capsys.readouterr().out.startswith("s3://bucket/prefix/my-charts\n  done\n")
+
+
+def test_tables_of_the_docs_name_every_state_and_key() -> None:
+    text = (DOCS / "status.md").read_text("utf-8")
+    states, keys = (
+        {
+            word
+            for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+            for word in re.findall(r"`(\w+)`", row)
+        }
+        for table in text.split("`--json`, null")
+    )
+    assert states == set(get_args(State))
+    assert keys == set(document("place", standing(head("held"), 1, None, [])))
