@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from runner.errors import JobError
+from runner.request import Reader
 from runner.supervisor.metadata import sources, watch
 from runner.supervisor.metadata.choose import AZURE_TAG, guessed, source
 from runner.supervisor.metadata.http import Unusable, ask
@@ -72,11 +73,9 @@ def notified(bench: Bench, server: MetadataServer, cloud: str, monkeypatch: pyte
     """A run whose machine the cloud takes in step 3. Returns what it printed."""
     for name, value in server.environ(cloud).items():
         monkeypatch.setenv(name, value)
-    process = bench.start(at("step:3", "hold"), before=impatient)
+    process = bench.start(at("step:3", "wait"), before=impatient)
     bench.wait_for(bench.waiting(), process)
     take(server, cloud)
-    bench.wait_for(lambda: bool(bench.said("notice")), process)
-    (bench.run / "attempts" / "1" / "go").touch()
     code, output = process.finish()
     assert code == 75, output
     return output
@@ -180,6 +179,7 @@ def test_a_token_that_cannot_cross_the_hops_is_named(
         monkeypatch.setenv(name, value)
     server.how = "no hops"
     process = bench.start(at("step:3", "hold"), before=impatient)
+    bench.wait_for(bench.waiting(), process)
     bench.wait_for(lambda: bool(bench.said("warning")), process)
     (bench.run / "attempts" / "1" / "go").touch()
     code, output = process.finish()
@@ -209,7 +209,7 @@ def test_an_advice_saves_once_and_goes_on(
     process = bench.start(at("step:2", "hold"), before=before, save=100)
     bench.wait_for(bench.waiting(), process)
     ADVICE[cloud](server)
-    bench.wait_for(lambda: bool(bench.said("advice")), process)
+    bench.wait_for(lambda: Reader(bench.run / "attempts" / "1").now().saves == 1, process)
     asked = len(server.asked)
     bench.wait_for(lambda: len(server.asked) > asked + 4, process)  # it is said again and again
     (bench.run / "attempts" / "1" / "go").touch()
