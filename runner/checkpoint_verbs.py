@@ -34,7 +34,7 @@ PATIENCE = 120.0
 """Seconds that a silent store is waited for. A person waits, not a GPU."""
 
 
-def _store_arguments(parser: argparse.ArgumentParser) -> None:
+def store_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("buckets, as in the job's checkpoints section")
     group.add_argument("--kms-key-id", metavar="KEY", help="key of SSE-KMS for what is written")
     group.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")
@@ -43,7 +43,7 @@ def _store_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", metavar="URI", help="s3://bucket/prefix/name, a folder, or runs/name")
-    _store_arguments(parser)
+    store_arguments(parser)
 
 
 def _ls_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +83,7 @@ def _grace_argument(parser: argparse.ArgumentParser) -> None:
 def _adopt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("uri", metavar="MANIFEST", help="URI/checkpoints/<manifest>.json")
     parser.add_argument("--replace", action="store_true", help="also where HEAD is whole")
-    _store_arguments(parser)
+    store_arguments(parser)
 
 
 def _rm_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +97,7 @@ def _rm_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ls(arguments: argparse.Namespace) -> int:
-    store = _place(arguments).store()
+    store = place_of(arguments).store()
     head, rows = inspect.rows(store)
     if arguments.json:
         _say_json(_listed(store, head, rows))
@@ -142,7 +142,7 @@ def _listed(store: Store, head: Head, rows: Mapping[str, inspect.Row]) -> dict[s
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    store = _place(arguments).store()
+    store = place_of(arguments).store()
 
     def show(one: inspect.Checked) -> None:
         if not arguments.json:
@@ -192,7 +192,7 @@ def _verified(store: Store, verdict: inspect.Verdict) -> dict[str, Any]:
 
 
 def _pull(arguments: argparse.Namespace) -> int:
-    place = _place(arguments)
+    place = place_of(arguments)
     store = place.store()
     wish = Wish(arguments.id, arguments.step, arguments.checkpoint)
     to = arguments.to.expanduser().absolute()
@@ -262,7 +262,7 @@ def _confirm(what: str, yes: bool) -> None:
 # --- what they share ---
 
 
-def _closing(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def closing(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """`act`, after which every store that it opened is closed."""
 
     def acting(arguments: argparse.Namespace) -> int:
@@ -272,7 +272,7 @@ def _closing(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
     return acting
 
 
-def _place(arguments: argparse.Namespace) -> Place:
+def place_of(arguments: argparse.Namespace) -> Place:
     patience = _patience(BootClock())
 
     def opened(uri: str) -> Store:
@@ -291,7 +291,7 @@ def _place(arguments: argparse.Namespace) -> Place:
 
 def _work(arguments: argparse.Namespace) -> maintain.Work:
     clock = BootClock()
-    return maintain.Work(_place(arguments).store(), clock, _patience(clock), complain)
+    return maintain.Work(place_of(arguments).store(), clock, _patience(clock), complain)
 
 
 def _patience(clock: Clock) -> Patience:
@@ -363,40 +363,40 @@ VERBS = {
         "  runner checkpoints ls s3://bucket/prefix/my-charts\n"
         "  runner checkpoints ls runs/my-charts --json\n",
         _ls_arguments,
-        _closing(_ls),
+        closing(_ls),
     ),
     "verify": Verb(
         "Read every byte of what is retained; 65 if anything is wrong.",
         "  runner checkpoints verify s3://bucket/prefix/my-charts\n"
         "  runner checkpoints verify runs/my-charts --id 00000120-0002\n",
         _verify_arguments,
-        _closing(_verify),
+        closing(_verify),
     ),
     "pull": Verb(
         "Get the adapter, also out of a run that trains.",
         "  runner checkpoints pull s3://bucket/prefix/my-charts --to my-adapter\n"
         "  runner checkpoints pull runs/my-charts --step 120 --to state-120 --checkpoint\n",
         _pull_arguments,
-        _closing(_pull),
+        closing(_pull),
     ),
     "gc": Verb(
         "Delete what nothing retained names. Refuses a live run.",
         "  runner checkpoints gc s3://bucket/prefix/my-charts\n"
         "  runner checkpoints gc runs/my-charts --no-grace\n",
         _gc_arguments,
-        _closing(_gc),
+        closing(_gc),
     ),
     "adopt": Verb(
         "Make a checkpoint the head of a run whose HEAD is lost.",
         "  runner checkpoints adopt s3://bucket/prefix/my-charts/checkpoints/00000120-000002-ID.json\n",
         _adopt_arguments,
-        _closing(_adopt),
+        closing(_adopt),
     ),
     "rm": Verb(
         "Delete a run, or one of its checkpoints. Refuses a live run.",
         "  runner checkpoints rm s3://bucket/prefix/my-charts\n"
         "  runner checkpoints rm runs/my-charts --id 00000120-0002 --yes\n",
         _rm_arguments,
-        _closing(_rm),
+        closing(_rm),
     ),
 }

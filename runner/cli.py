@@ -21,8 +21,11 @@ from runner import __version__
 from runner.cluster.verbs import VERBS as CLUSTER
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
+from runner.health import HEALTH
 from runner.job_words import SOURCES, job_arguments, split
+from runner.last_words import spoken
 from runner.render_verb import RENDER
+from runner.status import STATUS
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
@@ -50,7 +53,7 @@ def entry() -> NoReturn:
 def main(argv: list[str]) -> int:
     """Run one command and return its exit code."""
     try:
-        return _run(argv)
+        return spoken(os.environ, lambda: _run(argv)) if argv[:1] == ["train"] else _run(argv)
     except ReaderLeft:
         return 0
     except JobError as error:
@@ -271,6 +274,8 @@ VERBS: dict[str, Verb | Group] = {
         _checkpoints,
     ),
     **CLUSTER,
+    "status": STATUS,
+    "health": HEALTH,
     "schema": Verb(
         "Print the JSON Schema of a job, for editors.",
         "  runner schema > job.schema.json\n"

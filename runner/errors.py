@@ -27,6 +27,8 @@ class RunnerError(Exception):
     exit_code: ClassVar[int] = 1
     outcome: ClassVar[str] = "failed"
     """The word that `result.json` and the events use."""
+    kept: tuple[int, str | None] | None = None
+    """Newest step that is committed, and the id of its checkpoint, of a run that this process owned."""
 
 
 class OutOfMemory(RunnerError):

@@ -8,7 +8,8 @@ Events of the supervisor:
 
     start       a supervisor took the run: versions
     attempt     a trainer starts: restore (id or null), step
-    restart     why there is another attempt: reason, step; after an out of memory per_device: {from, to}
+    restart     why there is another attempt: reason, step; after: trainer, or of a whole command notice,
+                lost, failure; after an out of memory per_device: {from, to}
     fidelity    how an attempt goes on from its checkpoint: fidelity (exact, close), changes (texts)
     commit      a checkpoint is committed: id, step, leftover; seconds that it took
     replaced    a checkpoint that waited to be sent is given up for a newer one: id, by
@@ -17,7 +18,8 @@ Events of the supervisor:
     wait, go    training waits for the store, or goes on: at_risk, seconds
     bad         a committed checkpoint does not verify: id, reason
     removed     something that nobody committed is deleted: id, reason
-    notice      asked to stop: reason
+    notice      asked to stop: reason; seconds until the machine is gone, null if nobody said
+    advice      asked to save at once and go on: reason
     garbage     a line on the pipe that is no event: bytes, text
     end         how the supervisor ended: outcome, exit_code, error
 

@@ -20,9 +20,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runner import last_words
 from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.events import EventLog
+from runner.health import Heart
 from runner.job.resolved import resolved_yaml
 from runner.plan import Fetched, geometry
 from runner.settings import Resolved
@@ -38,6 +40,8 @@ from runner.supervisor.follow import pause
 from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
 from runner.supervisor.member import member
+from runner.supervisor.metadata.choose import source as metadata_source
+from runner.supervisor.metadata.watch import Watch
 from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.run_folder import RunFolder
@@ -65,17 +69,24 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
     # A host's full name may take a look-up.
     here = topology(os.environ, job.launch.nodes, socket.getfqdn() if job.launch.nodes > 1 else "")
     if here.index > 0:
-        return member(job, (runs_dir / job.name).absolute(), here, machine, trainer)
-    grace = grace_seconds(os.environ)
+        code = member(job, (runs_dir / job.name).absolute(), here, machine, trainer)
+        last_words.write(os.environ, "done", code, "done, as node 0 says")
+        return code
+    grace, source = grace_seconds(os.environ), metadata_source(os.environ)
     folder = RunFolder((runs_dir / job.name).absolute())
     with (
         folder.locked() as lock,
-        Notices(stop_file=folder.stop) as notices,
+        Heart(folder.path) as heart,
+        Notices(stop_file=folder.stop, beat=heart.beat) as notices,
         contextlib.closing(Screen()) as screen,
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
         journal = Journal(log, screen, notices.wake)
+
+        def warn(text: str) -> None:
+            journal.say({"event": "warning", "message": text})
+
         attempts = Attempts(job, folder, notices, screen, journal, grace, trainer, machine, placement, team)
         custody = Custody(
             job,
@@ -86,7 +97,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
             geometry=lambda: attempts.batch_record,
             memory_peak=lambda: attempts.seen.memory_peak,
         )
-        with contextlib.closing(custody):
+        with contextlib.closing(custody), Watch(source, notices, warn):
             _Run(resolved, folder, notices, screen, journal, attempts, custody, team).train()
     return 0
 
@@ -137,6 +148,8 @@ class _Run:
         except RunnerError as error:
             self._screen.close()
             self._fail(error)
+            if (newest := self._custody.newest) is not None:
+                error.kept = newest.step, newest.id
             raise
 
     def _pause(self) -> None:
@@ -194,6 +207,7 @@ class _Run:
         folder = final.gather(self._folder, written)
         self._custody.finish(folder)
         result.write(self._folder.result, written)
+        last_words.write(os.environ, "done", 0, "done", written.steps, written.checkpoint)
         shutil.rmtree(folder, ignore_errors=True)
         _report(written, self._journal.line)
 
@@ -243,6 +257,8 @@ class _Run:
                 kept = result.read(self._folder.result)
         where = self._custody.place.store if kept is None else _trained(kept, self._folder)
         self._journal.line(f"run {self._job.name} is done already: {where}")
+        step, checkpoint = (None, None) if kept is None else (kept.steps, kept.checkpoint)
+        last_words.write(os.environ, "done", 0, "done already", step, checkpoint)
         if kept is not None:
             for line in change_lines(kept.metrics["before"], kept.metrics["after"]):
                 self._journal.line(line)

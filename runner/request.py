@@ -1,11 +1,13 @@
 """What a supervisor asks of its trainer: one small file, replaced whole, read at every optimizer step.
 
-    runs/<name>/attempts/<n>/request.json    {"format": 1, "action", "reason", "save_seconds"}
+    runs/<name>/attempts/<n>/request.json    {"format": 1, "action", "reason", "save_seconds", "saves"}
 
     action   the trainer
     go       trains; the same as no file
     wait     saves at the next step's end what is not saved yet, then does nothing until the file says another
     stop     saves at the next step's end and ends with 75; also out of a wait
+
+    saves    whatever the action: each time that it is another number, it saves at the next step's end
 
 One writer, any number of readers. Nothing here knows why somebody asks.
 """
@@ -36,6 +38,8 @@ class Request:
     """For people: SIGTERM, or how far the store is behind."""
     save_seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     """Training time between two saves from now on; null leaves it as it is."""
+    saves: Annotated[int, Field(ge=0)] = 0
+    """How often this attempt was asked to save at once, beside all other saves."""
     format: Literal[1] = 1
 
 

@@ -19,6 +19,7 @@ pytest_plugins = ("tests.machines",)
 FOREIGN = (
     "ACCELERATE_",
     "AWS_",
+    "BATCH_",
     "BNB_",
     "CUDA_",
     "DATASETS_",
@@ -26,6 +27,7 @@ FOREIGN = (
     "HF_",
     "HUGGING_FACE_",
     "JOB",
+    "KUBERNETES_",
     "MAKE",
     "MFLAGS",
     "PYTHONWARNINGS",
@@ -52,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ |= {
         "HOME": home.name,
         "RUNNER_CACHE": str(Path(home.name, "cache")),
+        "RUNNER_METADATA": "off",  # tests may run on a machine of a cloud
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",

@@ -75,6 +75,7 @@ class Rank:
         self.requests = Reader(self.folder)
         self.rank = int(os.environ.get("RANK", 0))
         meet = Path(script["meet"], str(plan["attempt"])) if "meet" in script else self.folder / "peers"
+        self.saves = 0
         self.peers = Peers(meet, self.rank, int(os.environ.get("WORLD_SIZE", 1)))
         pipe = os.environ.get("RUNNER_EVENTS_FD")
         fd = os.open(os.devnull, os.O_WRONLY) if pipe is None else int(pipe)
@@ -135,8 +136,10 @@ class Rank:
         self.done = number
         numbers = {"loss": 1 / number, "tokens": 100, "images": ROWS, "seconds": 0.5, "memory_bytes": 1 << 30}
         self.send("step", step=number, steps=self.steps, ids=rows, **numbers)
-        asked = self.peers.agree(self.requests.now().action)
-        if asked == "go" and number % self.script["save"] and number < self.steps:
+        now = self.requests.now()
+        asked, saves = self.peers.agree(f"{now.action} {now.saves}").split()
+        more, self.saves = int(saves) != self.saves, int(saves)
+        if asked == "go" and not more and number % self.script["save"] and number < self.steps:
             return
         if self.rank == 0:
             self.save()

@@ -252,6 +252,8 @@ def committed(account: Account, path: Path) -> Run:
 
 
 def read(account: Account, path: Path) -> None:
+    if (code := cli.main(["status", account.uri])) != 0:
+        raise AccessDenied("status") if code == AccessDenied.exit_code else Failed(f"status: {code}")
     verb("ls", account.uri)
     verb("verify", account.uri)
     verb("pull", account.uri, "--checkpoint", "--to", str(path / f"{next(_COUNT)}"))

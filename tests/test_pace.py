@@ -162,6 +162,34 @@ def test_notice_asks_to_save_where_there_is_time(
     assert (world.asked()["action"] == "stop") is not ends
 
 
+@pytest.mark.parametrize(
+    ("grace", "left", "ends"),
+    [(None, 5, False), (None, 3.9, True), (60, 3.9, True), (3.9, 60, True), (60, 5, False)],
+)
+def test_shorter_of_grace_and_notice_counts(
+    with_grace: Callable[[float | None], World], grace: float | None, left: float, ends: bool
+) -> None:
+    world = with_grace(grace)
+    world.saved("a", 1)
+    world.committed("a", 2)
+    assert world.director.stop("the cloud", left) is ends
+    assert world.director.deadline == min(left, grace or left) - 1
+
+
+def test_advice_asks_for_one_save_more_whatever_else_is_asked(world: World) -> None:
+    world.director.save("rebalance")
+    assert (world.asked()["action"], world.asked()["saves"]) == ("go", 1)
+    world.time = 100
+    world.director.look()
+    assert (world.asked()["action"], world.asked()["saves"]) == ("wait", 1)
+    world.director.save("rebalance")
+    assert (world.asked()["action"], world.asked()["saves"]) == ("wait", 2)
+    world.director.stop("SIGTERM")
+    before = world.asked()
+    world.director.save("rebalance")
+    assert world.asked() == before  # a stop saves
+
+
 def test_trainer_that_does_not_come_to_its_save_is_ended_in_time_for_the_commit(
     with_grace: Callable[[float | None], World],
 ) -> None:

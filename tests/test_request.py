@@ -209,6 +209,12 @@ def test_a_save_interval_holds_from_then_on(trainer: Trainer) -> None:
     assert trainer.train({2: often, 3: GO, 4: seldom}) == saved
 
 
+def test_an_advice_saves_once_at_the_next_step_whatever_else_is_asked(trainer: Trainer) -> None:
+    once, twice = Request(saves=1), Request(saves=2)
+    saved = [1, 2, "save", 3, 4, "save", 5, 6, "save"]
+    assert trainer.train({2: once, 4: twice, 5: dataclasses.replace(twice, save_seconds=1e9)}) == saved
+
+
 def test_a_save_interval_comes_with_a_wait_too(trainer: Trainer) -> None:
     after(trainer, 60, Request("go", save_seconds=15))
     asked = {2: dataclasses.replace(Request("wait"), save_seconds=5)}
@@ -289,3 +295,14 @@ def test_a_request_that_cannot_be_read_ends_the_attempt_by_name(tmp_path: Path) 
     outcome, _ = run(tmp_path, CHANGES, on_event=garble)
     assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 1)
     assert "a defect of the runner" in outcome["error"]
+
+
+def test_an_advice_costs_one_save_and_training_goes_on(tmp_path: Path) -> None:
+    def advise(event: dict[str, Any]) -> None:
+        if event["event"] == "begin" and event["step"] == 1:
+            request.write(tmp_path / "attempts" / "1", Request(saves=1))
+
+    outcome, events = run(tmp_path, {}, on_event=advise)
+    assert (outcome["outcome"], outcome["step"]) == ("done", 4), outcome
+    first, last = [event["step"] for event in events if event["event"] == "checkpoint"]
+    assert first < last == 4

@@ -449,6 +449,27 @@ def test_describe_is_for_status(cluster: FakeCluster, job: str) -> None:
     assert line.startswith(f"{name} in namespace team, context fake: pod {name}-00000: no node takes it: 0/3")
 
 
+def test_status_tells_of_submissions_and_does_without(
+    cluster: FakeCluster,
+    job: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = submitted(cluster, job, fake.unschedulable("0/3 nodes are available"))
+    capsys.readouterr()
+    here = f"checkpoints.uri={tmp_path}/store"
+    code, out, _ = run(capsys, "status", job, here)
+    assert code == 0 and "nothing yet: no command has begun the run" in out
+    assert f"  {name} in namespace team, context fake: pod {name}-00000: no node takes it" in out
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    code, out, _ = run(capsys, "status", job, here)
+    assert code == 0 and "its submissions are not known: " in out
+    (tmp_path / "store" / "charts").mkdir(parents=True, exist_ok=True)
+    code, _, err = run(capsys, "status", f"{tmp_path}/store/charts")
+    assert code == 65 and "no run" in err.lower(), err
+
+
 def test_a_job_without_a_place(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     both = {**KUBERNETES, "aws_batch": {"image": "i", "queue": "q"}}
     code, _, err = run(capsys, "submit", written(tmp_path, both))

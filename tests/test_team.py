@@ -101,9 +101,12 @@ def test_a_notice_of_another_machine_hurries_nobody() -> None:
 
 
 class Pair:
-    """Two commands of one run."""
+    """Two commands of one run; `before` is called in each, with the index of its node."""
 
-    def __init__(self, bench: Bench, path: Path) -> None:
+    def __init__(
+        self, bench: Bench, path: Path, before: Callable[[int], object] = lambda index: None
+    ) -> None:
+        self._before = before
         bench.job["launch"] = {"nodes": 2}
         self.zero = bench
         path.mkdir()
@@ -115,8 +118,9 @@ class Pair:
         with socket.create_server(("127.0.0.1", 0)) as server:
             leader = f"127.0.0.1:{server.getsockname()[1]}"
 
-        def node(index: int) -> Callable[[], None]:
-            return lambda: os.environ.update(RUNNER_NODE_RANK=str(index), RUNNER_LEADER=leader)
+        def node(index: int) -> Callable[[], object]:
+            os_environ = {"RUNNER_NODE_RANK": str(index), "RUNNER_LEADER": leader}
+            return lambda: (os.environ.update(os_environ), self._before(index))
 
         zero, one = (
             bench.start(*faults, before=node(index), meet=str(self._meet))

@@ -116,12 +116,17 @@ def found(store: Store) -> tuple[Head, str] | None:
     """
     held = store.read(HEAD)
     if held is None:
-        _refuse_headless(store)
+        refuse_headless(store)
         return None
-    return _decoded(store, held), held.etag
+    return decoded(store, held), held.etag
 
 
-def _refuse_headless(store: Store) -> None:
+def refuse_headless(store: Store) -> None:
+    """Where there is no `HEAD`: raise when there are checkpoints.
+
+    Raises:
+        DataError: there are.
+    """
     for key in filter(is_manifest, store.keys(MANIFESTS)):
         raise DataError(
             f"{store.place}: {HEAD} is missing, but there are checkpoints; remedy: "
@@ -129,7 +134,13 @@ def _refuse_headless(store: Store) -> None:
         )
 
 
-def _decoded(store: Store, held: Object) -> Head:
+def decoded(store: Store, held: Object) -> Head:
+    """`HEAD` that was read.
+
+    Raises:
+        DataError: it is damaged; the message names the remedy.
+        JobError: of a newer format.
+    """
     try:
         return decode(Head, held.data, f"{store.place}/{HEAD}")
     except DataError as error:
@@ -247,7 +258,7 @@ class Lease:
     def _begin(self, old: Head | None, etag: str | None) -> bool:
         """Try to swap in the next epoch."""
         if old is None:
-            _refuse_headless(self._store)
+            refuse_headless(self._store)
             new = Head(
                 state="held", epoch=1, owner=self._owner, seq=1, nonce=uuid.uuid4().hex, ttl_s=self._ttl
             )
@@ -268,7 +279,7 @@ class Lease:
         """
         self._sent[new.nonce] = new
         found = self._patience.run(lambda: self._tried(new, etag))
-        self._head = self._sent[_decoded(self._store, found).nonce]
+        self._head = self._sent[decoded(self._store, found).nonce]
         self._etag, self._sent = found.etag, {}
         return self._head == new
 
@@ -307,7 +318,7 @@ class Lease:
                 return found
 
     def _read(self) -> tuple[Object | None, Head | None]:
-        return understood(self._store, HEAD, lambda held: _decoded(self._store, held), self._patience) or (
+        return understood(self._store, HEAD, lambda held: decoded(self._store, held), self._patience) or (
             None,
             None,
         )

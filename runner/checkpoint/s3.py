@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -353,8 +354,13 @@ def _client() -> Any:
     )
 
 
-def _content(answer: Any, body: Any) -> tuple[bytes, str]:
-    return body.read(), str(answer["ETag"])
+def _content(answer: Any, body: Any) -> tuple[bytes, str, float | None]:
+    said = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+    try:  # both times are the server's
+        age = max(0.0, (parsedate_to_datetime(said) - answer["LastModified"]).total_seconds())
+    except (KeyError, TypeError, ValueError):
+        age = None
+    return body.read(), str(answer["ETag"]), age
 
 
 def _digest(answer: Any, body: Any) -> str:

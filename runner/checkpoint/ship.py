@@ -31,6 +31,9 @@ from runner.errors import AccessDenied, DataError, RunnerError, StorageError
 COLLECT_EVERY = 60.0
 """Seconds between two looks for what may be deleted, when nothing is sent."""
 
+LOOK = 0.2
+"""Seconds between two looks at something else while the threads end."""
+
 EVENTS_AT_MOST = 4 << 20
 """Bytes of one part of the events."""
 
@@ -150,14 +153,19 @@ class Shipper:
             taken, self._commits = self._commits, []
         return taken
 
-    def close(self) -> None:
-        """End both threads, after what was offered."""
+    def close(self, look: Callable[[], object] = lambda: None) -> None:
+        """End both threads, after what was offered.
+
+        Args:
+            look: called now and then meanwhile.
+        """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+            while thread.is_alive():
+                thread.join(LOOK)
+                look()
 
     # --- the threads ---
 

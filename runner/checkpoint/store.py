@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -57,6 +57,8 @@ class Object:
 
     data: bytes
     etag: str
+    age: float | None = field(default=None, compare=False)
+    """Seconds since it was written, by the store's own clock; None where it does not say. For people."""
 
 
 class Store(Protocol):

@@ -162,8 +162,9 @@ class Attempts:
                 custody.shipper.offer(self._folder.outbox / Path(event["id"]).name)
 
         def on_notice(reason: str) -> bool:
-            self._journal.say({"event": "notice", "reason": reason})
-            return self._director.stop(reason)
+            left = self._notices.left
+            self._journal.say({"event": "notice", "reason": reason, "seconds": left})
+            return self._director.stop(reason, left)
 
         def on_tick() -> str | None:
             self._journal.show()
@@ -173,6 +174,9 @@ class Attempts:
             for entry, seconds in custody.shipper.committed():
                 self._pace.committed(entry, seconds)
                 self._team.progress(entry.step)
+            if (advice := self._notices.advice()) is not None:
+                self._journal.say({"event": "advice", "reason": advice})
+                self._director.save(advice)
             if self.seen.phase == "wait" and nothing_to_come and self._pace.behind:
                 return "the checkpoint that it waits for was damaged before it was sent"
             return self._team.look() or self._director.look()
@@ -236,8 +240,8 @@ class Attempts:
     def _say_start(self, plan: Plan, restore: Sealed | None, restart: Restart | None) -> None:
         id, step = (None, 0) if restore is None else (restore.id, restore.step)
         if restart is not None:
-            said = {"reason": restart.reason, "step": step, "per_device": restart.sizes}
-            self._journal.say({"event": "restart", **said})
+            said = {"reason": restart.reason, "after": restart.after, "step": step}
+            self._journal.say({"event": "restart", **said, "per_device": restart.sizes})
             origin = "step 0" if id is None else f"checkpoint {id}, step {step}"
             smaller = ""
             if restart.sizes is not None:
@@ -262,12 +266,14 @@ class Attempts:
         if last is None or before is None or not self._journal.record.attempts:
             return None
         if last["event"] == "end" and before.state != "held":
-            return Restart(f"{last.get('outcome')}: {last.get('error')}")
+            noticed = last.get("outcome") == Preempted.outcome
+            reason = f"{last.get('outcome')}: {last.get('error')}"
+            return Restart(reason, after="notice" if noticed else "failure")
         size = before.geometry.get("per_device")
         if (before.memory_peak or 0.0) >= NEAR and isinstance(size, int):
             how = f"killed together with its supervisor at {before.memory_peak:.0%} of the memory limit"
             return self._batch.shrink_after(size, how)
-        return Restart("killed together with its supervisor")
+        return Restart("killed together with its supervisor", after="lost")
 
     def _stopped(self, how: str, custody: Custody) -> str:
         newest = custody.newest

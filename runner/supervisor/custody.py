@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -323,7 +324,7 @@ class Custody:
     def leftovers(self) -> None:
         """Commit or remove what a former attempt on this machine published and nobody committed."""
         for folder in self._published():
-            reason = self._refusal(folder)
+            reason = self._call(partial(self._refusal, folder))  # it reads every byte
             if reason is None:
                 self.shipper.offer(folder, "leftover")
                 self.drain()
@@ -408,17 +409,25 @@ class Custody:
             timer = threading.Timer(LAST if self._notices.hurry else TTL, self._clock.end, (enough,))
             timer.daemon = True
             timer.start()
-            self.shipper.close()
+            self.shipper.close(self._notices.poll)
             self._journal.show()
             if self.shipper.failure is None and self.head.state == "held":
+                with ThreadPoolExecutor(1, "store") as pool:
+                    doing = pool.submit(self._give_back)
+                    while not doing.done():
+                        self._notices.poll()
+                        wait_for([doing], LOOK)
                 try:
-                    self._events.send(holding.store, self.epoch)
-                    holding.lease.release()
+                    doing.result()
                 except RunnerError as error:
                     text = f"the run is not given back, and its next owner waits for a minute: {error}"
                     self._journal.say({"event": "warning", "message": text})
             timer.cancel()
         holding.store.close()
+
+    def _give_back(self) -> None:
+        self._events.send(self._holding.store, self.epoch)
+        self._holding.lease.release()
 
     def _published(self) -> list[Path]:
         with disk("read the outbox", self._folder.outbox):

@@ -1,16 +1,20 @@
-"""What a trainer is asked for while it works: save at this interval, wait for the store, stop.
+"""What a trainer is asked for while it works: save at this interval, save now, wait for the store, stop.
 
 store                             notice    time left            asked
 keeps up                          -         -                    go
 further behind than max_loss      -         -                    wait, until it is not
 -                                 yes       enough, or unknown   stop: save, and end
 -                                 yes       too little to save   ended; what is under way is committed
+
+An advice asks for one save more, and changes nothing else. The time left is what RUNNER_GRACE_SECONDS and the
+notice say, the shorter of both.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from runner import request
@@ -78,13 +82,24 @@ class Director:
         self._folder = attempt_dir
         self._asked = Request(save_seconds=self._pace.save_seconds)
 
-    def stop(self, reason: str) -> bool:
-        """Answer a notice. True when there is no time to save: the trainer is to be ended."""
-        if self._grace is not None:
-            self.deadline = self._clock() + self._grace - MARGIN
-            if self._grace - MARGIN < self._pace.last_save:
+    def save(self, reason: str) -> None:
+        """Answer an advice: one save more, at the next step's end."""
+        if self._asked.action != "stop":
+            self._journal.line(f"{reason}: saving now, and going on")
+            self._ask(replace(self._asked, saves=self._asked.saves + 1))
+
+    def stop(self, reason: str, left: float | None = None) -> bool:
+        """Answer a notice. True when there is no time to save: the trainer is to be ended.
+
+        Args:
+            left: seconds until the machine is gone, as the notice said; None: it did not.
+        """
+        grace = min((known for known in (self._grace, left) if known is not None), default=None)
+        if grace is not None:
+            self.deadline = self._clock() + grace - MARGIN
+            if grace - MARGIN < self._pace.last_save:
                 self._journal.line(
-                    f"{reason}: {self._grace:g} s of grace are too few for a save and its commit "
+                    f"{reason}: {grace:.3g} s of grace are too few for a save and its commit "
                     f"({self._pace.last_save:.1f} s): stopping with what is committed"
                 )
                 return True
@@ -106,13 +121,13 @@ class Director:
             reason = f"{at_risk} s of training are not in the store yet"
             self._journal.say({"event": "wait", "at_risk": at_risk})
             self._journal.line(f"training waits for the store: {reason}")
-            self._ask(Request("wait", reason, interval))
+            self._ask(replace(self._asked, action="wait", reason=reason, save_seconds=interval))
         elif not self._pace.behind and self._asked.action == "wait":
             self._journal.say({"event": "go", "at_risk": round(self._pace.at_risk, 1)})
             self._journal.line("the store has caught up: training goes on")
-            self._ask(Request("go", "", interval))
+            self._ask(replace(self._asked, action="go", reason="", save_seconds=interval))
         elif max(interval, before) > CHANGE * min(interval, before):
-            self._ask(Request(self._asked.action, self._asked.reason, interval))
+            self._ask(replace(self._asked, save_seconds=interval))
         return None
 
     def _ask(self, asked: Request) -> None:

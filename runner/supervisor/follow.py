@@ -12,8 +12,9 @@
     unreachable              ends with 1
 
 A notice is told to node 0, which asks the run to save and stop, and says `finished` when that is committed.
-A second one, or one before node 0 has answered, ends this node at once. This node never talks to the run's
-store. What it keeps lies in a folder of its own, because `runs/` may be shared between nodes.
+An advice to save is told to it as well. A second notice, or one before node 0 has answered, ends this node at
+once. This node never talks to the run's store. What it keeps lies in a folder of its own, because `runs/` may
+be shared between nodes.
 """
 
 from __future__ import annotations
@@ -212,8 +213,11 @@ class _Node:
             )
         elif self._notices.first is not None and not self._told:
             self._told = True
-            self._uplink.send({"say": "notice", "reason": f"{self._notices.first} on node {self._node}"})
+            reason = f"{self._notices.first} on node {self._node}"
+            self._uplink.send({"say": "notice", "reason": reason, "seconds": self._notices.left})
             self._line(f"{self._notices.first}: node 0 saves and stops the run; a second one stops at once")
+        if self._welcome and (advice := self._notices.advice()) is not None:
+            self._uplink.send({"say": "advice", "reason": f"{advice} on node {self._node}"})
         if self._notices.hurry:
             self._ends(Preempted("a second notice: this node stopped at once; the same command goes on"))
         return self._killed if self._end is None else "the command ends"

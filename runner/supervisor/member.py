@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from runner.errors import OutOfMemory
+from runner.health import Heart
 from runner.manifest import Job
 from runner.plan import Plan
 from runner.supervisor import attempt, fetch
@@ -19,6 +20,8 @@ from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
 from runner.supervisor.follow import GroupEnd, Look, follow
 from runner.supervisor.hello import Hello, job_hashes
+from runner.supervisor.metadata.choose import source as metadata_source
+from runner.supervisor.metadata.watch import Watch
 from runner.supervisor.notices import Notices
 from runner.supervisor.order import Share
 from runner.supervisor.progress import Screen
@@ -47,12 +50,15 @@ def member(job: Job, run: Path, here: Topology, machine: Machine, trainer: Seque
         processes=processes(job, machine.gpus),
         job=job_hashes(job),
     )
+    source = metadata_source(os.environ)
     folder = RunFolder(run / "nodes" / str(here.index))
     with (
         folder.locked(),
-        Notices() as notices,
+        Heart(folder.path) as heart,
+        Notices(beat=heart.beat) as notices,
         contextlib.closing(Screen()) as screen,
         Uplink(hello, here.address, here.port, notices.wake) as uplink,
+        Watch(source, notices, lambda text: uplink.send({"say": "remark", "text": text})),
     ):
         screen.line(f"node {here.index} of {here.count} looks for {uplink}")
 

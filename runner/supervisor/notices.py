@@ -1,5 +1,6 @@
-"""What asks a run to stop: SIGINT, SIGTERM, SIGHUP, and a file that somebody makes. Collected, never acted
-upon here: what they mean is the business of who reads them.
+"""What asks a run to stop: SIGINT, SIGTERM, SIGHUP, a file that somebody makes, the cloud, another machine of
+the run. What asks it only to save: the cloud. Collected, never acted upon here: what they mean is the
+business of who reads them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Notices:
 
     Args:
         stop_file: where to look for it; None: nowhere.
+        beat: called at every look: whoever waits for a notice lives.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Notices:
         apart: float = 0.5,
         clock: Callable[[], float] = time.monotonic,
         stop_file: Path | None = None,
+        beat: Callable[[], object] = lambda: None,
     ) -> None:
         self._apart = apart
         self._clock = clock
@@ -42,11 +45,16 @@ class Notices:
         """When the first of this machine came."""
         self._old: dict[int, Any] = {}
         self._stop_file = stop_file
+        self._beat = beat
         self._write: int | None = None
         self._guard = threading.Lock()
         """Of `_write`: a number that was closed may be somebody else's by now."""
+        self._advice: str | None = None
         self.first: str | None = None
-        """What asked to stop: the name of a signal, `stop file <path>`, or what another machine said."""
+        """What asked to stop: the name of a signal, `stop file <path>`, or what the cloud or another machine
+        said."""
+        self.until: float | None = None
+        """On the clock, when the machine will be gone; None: no notice said it."""
         self.hurry = False
 
     def __enter__(self) -> Self:
@@ -80,13 +88,38 @@ class Notices:
             if self._write is not None:
                 os.write(self._write, b"\0")
 
-    def hear(self, what: str) -> None:
-        """Take a notice of another machine. It hurries nobody, nor does the first of this machine after it:
-        all machines of a run are asked to stop at about the same time."""
+    def hear(self, what: str, seconds: float | None = None) -> None:
+        """Take a notice of the cloud, or of another machine. From any thread. It hurries nobody, nor does the
+        first of this process after it: all machines of a run are asked to stop at about the same time, and
+        what the cloud has said a signal says again.
+
+        Args:
+            seconds: until the machine is gone; None: nobody knows.
+        """
+        if seconds is not None:
+            until = self._clock() + seconds
+            self.until = until if self.until is None else min(until, self.until)
         self.first = self.first or what
+        self.wake()
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until the machine is gone, as a notice said; None: none did."""
+        return None if self.until is None else max(0.0, self.until - self._clock())
+
+    def advise(self, what: str) -> None:
+        """Take an advice to save now. From any thread."""
+        self._advice = what
+        self.wake()
+
+    def advice(self) -> str | None:
+        """The advice that came since the last call, if any; of several the newest."""
+        taken, self._advice = self._advice, None
+        return taken
 
     def poll(self) -> None:
-        """Look for the stop file, and take it. `watch` does so at every tick."""
+        """Look for the stop file, and take it. Whoever waits does so, at every tick."""
+        self._beat()
         path = self._stop_file
         if path is None:
             return

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from runner.durable import disk, write_json
 from runner.events import Event
+from runner.supervisor.now import Now
 
 RESTARTS_KEPT = 50
 """`HEAD` holds them, and is read and written whole."""
@@ -70,10 +71,18 @@ class Record(BaseModel):
     """Of the least faithful resume."""
     last: dict[str, Any] | None = None
     """The newest event of an attempt or of the end of a supervisor."""
+    exit_code: int | None = None
+    """Of that end."""
     size: int = 0
     """Bytes of the events file of the last supervisor that are in this."""
     clock: float | None = None
     """Time of the newest event of the attempt."""
+    noticed: int = 0
+    """How often the run went on after a notice had stopped it."""
+    lost: int = 0
+    """How often it went on after its supervisor had ended without a word: most often, with its machine."""
+    now: Now = Now()
+    """Where it stands."""
 
     def note(self, event: Event) -> None:
         """Take the next event of the run."""
@@ -83,8 +92,11 @@ class Record(BaseModel):
                 # Never negative, should the machine's clock have been set back.
                 self.seconds = round(self.seconds + max(0.0, now - self.clock), 3)
             self.attempts, self.clock = max(attempt, self.attempts), now
+        self.now = self.now.after(event)
         match event["event"]:
             case "restart":
+                self.noticed += event.get("after") == "notice"
+                self.lost += event.get("after") == "lost"
                 restart = {key: event.get(key) for key in ("attempt", "reason", "step", "per_device")}
                 self.restarts = [*self.restarts, restart][-RESTARTS_KEPT:]
             case "evaluation" if event.get("when") in self.metrics:
@@ -93,6 +105,7 @@ class Record(BaseModel):
                 self.fidelity = event.get("fidelity")
             case "attempt" | "end":
                 self.last = {key: event.get(key) for key in ("event", "outcome", "error")}
+                self.exit_code = event.get("exit_code")
 
 
 def read(path: Path) -> Result | None:

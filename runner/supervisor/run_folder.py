@@ -2,6 +2,7 @@
 
 job.yaml        the job as it runs, with the source of every value
 run.json        what defines the run: a copy of the store's (`runner.supervisor.identity`)
+alive           when its supervisor last looked around (`runner.health`)
 stop            made by whoever wants the run to save and stop; removed when it is heard
 plan.json       of the newest attempt
 events.jsonl    what happened (`runner.events`)

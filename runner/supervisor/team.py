@@ -1,7 +1,7 @@
 """The nodes that follow this one, as the attempts of node 0 see them: ordered, watched, ended together.
 
     gather -> order -> all are ready -> start -> one is lost | ends badly -> end -> all have ended
-                                                 one is asked to stop     -> so is the run
+                                                 one is asked to stop, or to save -> so is the run
 
 A run on one node has nobody to wait for, and opens no port. What is said is in `runner.supervisor.wire`, what
 a node makes of it in `follow`.
@@ -215,7 +215,11 @@ class Team:
                     self._lost[node] = message["reason"]
                     self._line(f"node {node} is lost: {message['reason']}")
                 case "notice":
-                    self._notices.hear(message["reason"])
+                    self._notices.hear(message["reason"], message["seconds"])
+                case "advice":
+                    self._notices.advise(message["reason"])
+                case "remark":
+                    self._line(f"node {node}: {message['text']}")
                 case "ready" if message["attempt"] == self._attempt:
                     self._ready.add(node)
                 case "ended" if message["attempt"] == self._attempt:

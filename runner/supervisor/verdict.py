@@ -7,7 +7,7 @@ for the memory that it used (`runner.supervisor.cgroup`).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -68,6 +68,8 @@ class Restart:
     reason: str
     sizes: dict[str, int] | None = None
     """After an out of memory the per-device size, `{"from": 8, "to": 4}`."""
+    after: Literal["trainer", "notice", "lost", "failure"] = "trainer"
+    """What ended: a trainer; or a whole command, by a notice, without a word, or by a failure."""
 
 
 @dataclass

@@ -11,7 +11,9 @@
     others say      hello       hello: who I am (`runner.supervisor.hello.Hello`)
                     ready       attempt: what it needs is here
                     ended       attempt, exit, outcome: the ranks are gone
-                    notice      reason: this machine was asked to stop
+                    notice      reason, seconds: this machine was asked to stop, and is gone then
+                    advice      reason: this machine was asked to save
+                    remark      text: for people
 
     both say        beat        I am here
 
@@ -66,7 +68,9 @@ _FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
     "hello": {"hello": dict},
     "ready": {"attempt": int},
     "ended": {"attempt": int, "exit": str, "outcome": (dict, NoneType)},
-    "notice": {"reason": str},
+    "notice": {"reason": str, "seconds": (int, float, NoneType)},
+    "advice": {"reason": str},
+    "remark": {"text": str},
     "beat": {},
 }
 _BEAT: Message = {"say": "beat"}

@@ -1,6 +1,7 @@
 """When a run saves, waits and stops: at optimizer-step boundaries, by one rule.
 
-save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on request
+save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on each
+       request
 wait   on request, once everything that was done is saved; not after the last step
 stop   on request, after that save
 
@@ -59,6 +60,8 @@ class SaveAndStop(TrainerCallback):
         self._clock = clock
         self._sleep = sleep
         self._saved_at = clock()
+        self._saves = 0
+        """As many as were asked for and came."""
         self.stopped = False
 
     def on_train_begin(
@@ -82,7 +85,9 @@ class SaveAndStop(TrainerCallback):
             control.should_training_stop = True
         on_grid = self._save_steps is not None and state.global_step % self._save_steps == 0
         overdue = self._agree(self._clock() - self._saved_at >= self._save_seconds)
-        if asked.action != "go" or on_grid or overdue or state.global_step >= state.max_steps:
+        wanted = asked.action != "go" or asked.saves != self._saves
+        self._saves = asked.saves
+        if wanted or on_grid or overdue or state.global_step >= state.max_steps:
             control.should_save = True
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
             # Now, and not after the save: a resume from that checkpoint would skip it.
