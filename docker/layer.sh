@@ -11,9 +11,18 @@ packages=opt/venv/lib/python3.11/site-packages
 
 # A source archive is built with setuptools, and deepspeed's with torch: both are in the layers below.
 PYTHONPATH=/layers/torch/$packages DS_BUILD_OPS=0 PYTHONDONTWRITEBYTECODE=1 \
-  python3 -m pip --python /opt/venv/bin/python install --quiet --no-deps --no-compile --no-build-isolation \
+  python3 -m pip --python /opt/venv/bin/python install --quiet --no-deps --no-compile --use-pep517 --no-build-isolation \
   --no-warn-script-location --ignore-installed --root "$root" "$@"
-# Left out: torch's own tests of a newer Python's syntax.
+
+# What no run needs, a third of the bytes: tests, headers, command lines, bitsandbytes for another CUDA than
+# torch's (13.0, as requirements-torch-gpu.txt has it) and for other makers' GPUs.
+cd "$root/$packages"
+find . -depth -type d -name tests -exec rm -r {} +
+rm -rf torch/test torch/include torch/bin/*_test torch/bin/test_* torch/bin/protoc* pyarrow/include
+find . -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -delete
+find "$root/opt/venv/bin" -type f ! -name runner -delete
+
+# Left out: a file of torch's in a newer Python's syntax.
 /opt/venv/bin/python -m compileall -q -j 0 -x '/py312_intrinsics\.py$' --invalidation-mode unchecked-hash \
-  -s "$root" -p / "$root/$packages"
+  -s "$root" -p / "$PWD"
 find "$root" -exec touch --no-dereference --date=@315532800 {} +
