@@ -11,8 +11,8 @@ packages=opt/venv/lib/python3.11/site-packages
 
 # A source archive is built with setuptools, and deepspeed's with torch: both are in the layers below.
 PYTHONPATH=/layers/torch/$packages DS_BUILD_OPS=0 PYTHONDONTWRITEBYTECODE=1 \
-  python3 -m pip --python /opt/venv/bin/python install --quiet --no-deps --no-compile --use-pep517 --no-build-isolation \
-  --no-warn-script-location --ignore-installed --root "$root" "$@"
+  python3 -m pip --python /opt/venv/bin/python install --quiet --no-deps --no-compile --ignore-installed \
+  --use-pep517 --no-build-isolation --no-warn-script-location --root "$root" "$@"
 
 # What no run needs, a third of the bytes: tests, headers, command lines, bitsandbytes for another CUDA than
 # torch's (13.0, as requirements-torch-gpu.txt has it) and for other makers' GPUs.

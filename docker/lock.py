@@ -1,4 +1,4 @@
-"""Write the requirements of the image again: what pip resolves for it today, under constraints.txt, with hashes.
+"""Write the requirements of the image again: what pip resolves today under constraints.txt, with hashes.
 
     .venv/bin/python docker/lock.py
 
@@ -10,7 +10,7 @@ Three files, one for each layer that changes at its own pace, and one for the to
     requirements-build.txt        setuptools, and the writer of the SBOM; nothing of it is in the image
 
 Needs the image's Python and platform, because pip resolves for those that run it; nothing is downloaded but
-metadata (and a source archive or two). The index is PyPI, whatever this machine's pip is configured for: there
+metadata (and a source archive or two). The index is PyPI, whatever this machine's pip is configured for: its
 `torch` is the CUDA build. The CPU build is looked for under TORCH_CPU_LINKS, a page or folder of wheels.
 """
 
@@ -41,7 +41,9 @@ Lines = dict[str, str]
 
 def main() -> int:
     if sys.version_info[:2] != PYTHON or (platform.system(), platform.machine()) != PLATFORM:
-        print(f"needs Python {'.'.join(map(str, PYTHON))} on {' '.join(PLATFORM)}, the image's", file=sys.stderr)
+        print(
+            f"needs Python {'.'.join(map(str, PYTHON))} on {' '.join(PLATFORM)}, the image's", file=sys.stderr
+        )
         return 69
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
@@ -52,7 +54,11 @@ def main() -> int:
     torch = resolved([one for one in (*train, *gpu) if one.startswith("torch")])
     cpu = resolved([*light, *train], *links)
     torch_cpu = resolved([one for one in train if one.startswith("torch")], *links)
-    common = {name: line for name, line in everything.items() if name not in torch or name in set(cpu) - set(torch_cpu)}
+    common = {
+        name: line
+        for name, line in everything.items()
+        if name not in torch or name in set(cpu) - set(torch_cpu)
+    }
     assert common == {name: line for name, line in cpu.items() if name not in torch_cpu}, "the targets differ"
 
     write("requirements-torch-cpu.txt", torch_cpu)
@@ -68,7 +74,11 @@ def resolved(requirements: list[str], *options: str) -> Lines:
     command += ["--disable-pip-version-check", "--index-url", "https://pypi.org/simple", *options]
     command += ["--constraint", str(ROOT / "constraints.txt"), "--report", "-", *requirements]
     # Who resolves must not matter: no configuration file, no other index.
-    environ = {name: value for name, value in os.environ.items() if name not in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")}
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")
+    }
     environ["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
     return dict(sorted(map(line, json.loads(done.stdout)["install"])))
