@@ -44,9 +44,9 @@ STRICT = (
 
 
 def builder(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [os.environ["BUILDER"], *arguments], capture_output=True, text=True, check=check, timeout=300
-    )
+    done = subprocess.run([os.environ["BUILDER"], *arguments], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 or not check, f"{arguments[0]}: {done.stderr}"
+    return done
 
 
 def writable() -> tuple[str, ...]:
@@ -106,7 +106,19 @@ def bucket() -> Iterator[Bucket]:
     name = f"runner-network-{uuid.uuid4().hex[:8]}"
     wait = ("-c", "import signal; signal.sigwait([signal.SIGTERM])")
     image = os.environ["IMAGE_UNDER_TEST"]
-    builder("run", "--detach", "--name", name, "--network", "none", "--entrypoint", "python3", image, *wait)
+    builder(
+        "run",
+        "--detach",
+        "--name",
+        name,
+        "--network",
+        "none",
+        *STRICT,
+        "--entrypoint",
+        "python3",
+        image,
+        *wait,
+    )
     server = None
     try:
         pid = int(builder("inspect", "--format", "{{.State.Pid}}", name).stdout)
@@ -174,7 +186,7 @@ class Container:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_for(self, words: str, seconds: float = 120) -> None:
+    def wait_for(self, words: str, seconds: float = 300) -> None:
         assert self.process is not None
         deadline = time.monotonic() + seconds
         while words not in self.said():
@@ -185,7 +197,7 @@ class Container:
     def signal(self, name: str) -> None:
         builder("kill", "--signal", name, self.name)
 
-    def wait(self, seconds: float = 300) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Its exit code."""
         assert self.process is not None
         return self.process.wait(seconds)
