@@ -16,11 +16,11 @@ BIN := .venv/bin
 unexport JOB SET ARGS PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help train validate submit test check chaos bench schema clean has-job
+.PHONY: help train validate submit test check chaos bench schema image image-test image-lock pin-bases clean has-job
 
 help: ## Show this list
 	@echo 'usage: make TARGET [NAME=value]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 	@echo 'JOB is a job file (or set JOB_FILE or JOB_YAML in the environment). PYTHON makes .venv: 3.11 or later.'
 	@echo 'Exit codes: make turns each into 2 and prints it; $(BIN)/runner train JOB returns it.'
 
@@ -56,6 +56,19 @@ bench: .venv/.installed .venv/torchvision-cpu ## Measure what the README promise
 
 schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
 	@$(BIN)/python -m runner.schema.generate
+
+image: ## Build the container image: make image TARGET=gpu BUILDER=podman (docs/container.md)
+	@docker/build.sh
+
+image-test: .venv/.installed ## Build the image of the CPU, print its layers and run jobs in it
+	@export TARGET=cpu IMAGE=vlm-runner:test IMAGE_UNDER_TEST=vlm-runner:test BUILDER="$$(docker/builder.sh)" && docker/build.sh && \
+	$(BIN)/python -m pytest -s tests/image $(ARGS)
+
+image-lock: .venv/.installed ## Write the hashed requirements of the image again, from constraints.txt
+	@$(BIN)/python docker/lock.py
+
+pin-bases: ## Write the digest of the base image into docker/Dockerfile
+	@docker/pin-bases.sh
 
 clean: ## Remove .venv and everything the tools made; runs/ stays
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

