@@ -12,8 +12,11 @@ from pydantic import Field
 
 from runner.section import Count, Duration, Quantity, Section, Text
 
-Dns = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$")]
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+Dns = Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=253)]
 """The name of an object of Kubernetes."""
+Label = Annotated[str, Field(pattern=rf"^{_LABEL}(\.{_LABEL})*$", max_length=63)]
+"""The name of an object that a label has, too."""
 
 _IMAGE = (
     "The container image, best by digest (name@sha256:...), so that an attempt a week later runs the same "
@@ -82,7 +85,9 @@ class Kubernetes(Section):
 
     image: Text | None = Field(default=None, description=_IMAGE)
     image_pull_secrets: list[Dns] = Field(default=[], description="Names of Secrets for a private registry.")
-    namespace: Dns | None = Field(default=None, description="Null: that of the user's current context.")
+    namespace: Annotated[str, Field(pattern=rf"^{_LABEL}$", max_length=63)] | None = Field(
+        default=None, description="Null: that of the user's current context."
+    )
     service_account: Dns = Field(
         default="vlm-runner",
         description="Account of the pods, which a cloud's roles are tied to (IRSA, Pod Identity, Workload "
@@ -105,11 +110,11 @@ class Kubernetes(Section):
     priority_class: Dns | None = Field(
         default=None, description="A PriorityClass, best with preemptionPolicy Never. Null: the cluster's."
     )
-    queue: Dns | None = Field(
+    queue: Label | None = Field(
         default=None,
         description="Kueue's LocalQueue, which lets the job in when there is quota. Null: no queue.",
     )
-    queue_priority: Dns | None = Field(
+    queue_priority: Label | None = Field(
         default=None, description="Kueue's WorkloadPriorityClass. Null: the queue's."
     )
     topology: Text | None = Field(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from typing import Any
 
 import yaml
@@ -19,6 +20,12 @@ NAMES = ("kubernetes", "jobset", "trainjob", "aws-batch", "gcp-batch")
 """Of `runner.targets.TARGETS`, which is loaded when the verb runs."""
 
 
+_OTHER_IN_GO = re.compile(
+    r"[yYnN]|[-+]?(\.[0-9_]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?0[obOB][0-9_]+", re.ASCII
+)
+"""Text that kubectl's YAML takes for a truth value or a number without quotes, though PyYAML needs none."""
+
+
 class _Dumper(yaml.SafeDumper):
     """Text of several lines stays readable; nothing is an alias of something else."""
 
@@ -27,7 +34,8 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    style = "|" if "\n" in text else "'" if _OTHER_IN_GO.fullmatch(text) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
 _Dumper.add_representer(str, _text)

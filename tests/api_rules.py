@@ -18,7 +18,7 @@ def check(tree: Tree) -> None:
     kind, name = tree["kind"], tree["metadata"]["name"]
     if kind == "Job":
         indexed = tree["spec"].get("completionMode") == "Indexed"
-        assert len(name) <= (61 if indexed else 63)
+        assert len(f"{name}-{tree['spec']['completions'] - 1}" if indexed else name) <= 63
         _job(tree["spec"])
     elif kind == "JobSet":
         for job in tree["spec"]["replicatedJobs"]:

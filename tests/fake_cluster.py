@@ -629,6 +629,27 @@ def pod_ends(code: int, words: Object | None = None, reason: str = "Error") -> S
     return act
 
 
+def pod_gone(reason: str, message: str) -> Stage:
+    """The node is deleted: the pod has failed, and nobody was left to tell how its container ended."""
+
+    def act(cluster: FakeCluster, job: Object) -> None:
+        running()(cluster, job)
+        condition = {"type": "DisruptionTarget", "status": "True", "reason": reason, "message": message}
+        pod_of(cluster, job)["status"] |= {"phase": "Failed", "conditions": [condition]}
+        job["status"] = {"active": 0}
+
+    return act
+
+
+def pod_refused(reason: str, message: str) -> Stage:
+    """A node does not take the pod, or evicts it, and no container is told of."""
+
+    def act(cluster: FakeCluster, job: Object) -> None:
+        pod_of(cluster, job)["status"] = {"phase": "Failed", "reason": reason, "message": message}
+
+    return act
+
+
 def ended(code: int, words: Object | None = None, why: str = "") -> Stage:
     """The container ends, and the Job with it."""
 

@@ -85,6 +85,21 @@ def test_render_prints_what_reads_back(target: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == out
 
 
+@needs_kubectl
+@pytest.mark.parametrize("text", ["y", "N", "1e3", "1.5E3", "08", "0o17", ".5e-3", "0B11"])
+def test_text_stays_text_for_kubectl(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """kubectl's YAML has truth values and numbers that are text for PyYAML."""
+    words = [f"kubernetes.env={{A: '{text}'}}"]
+    words += [] if text.startswith(".") else [f"kubernetes.labels={{team: '{text}'}}"]
+    assert cli.main(["render", "kubernetes", "jobs/demo-sft.yaml", *PLACES, *words]) == 0
+    file = tmp_path / "objects.yaml"
+    file.write_text(capsys.readouterr().out)
+    command = ["kubectl", "annotate", "--local", "--filename", str(file), "a=b", "--output", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert f'"name": "A",\n                                "value": "{text}"' in done.stdout
+
+
 def test_the_verb_knows_every_target() -> None:
     assert tuple(TARGETS) == render_verb.NAMES
 

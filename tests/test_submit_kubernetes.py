@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from runner import cli
 from runner.cluster import act, kubectl, kubernetes
@@ -102,6 +104,53 @@ def test_the_job_says_the_namespace_and_the_command_line_the_context(
     code, out, _ = run(capsys, "submit", job, "kubernetes.namespace=default", "--context", "other")
     assert code == 0 and "namespace default, context other" in out
     assert {key[1] for key in cluster.objects} == {"default"}
+
+
+def test_the_printed_commands_look_where_the_job_is(
+    cluster: FakeCluster, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another namespace and another context than the current ones."""
+    words = ["submit", job, "kubernetes.namespace=default", "--context", "other"]
+    _, out, _ = run(capsys, *words)
+    name = only(cluster)["metadata"]["name"]
+    logs, cancel = (line.split()[1:] for line in out.splitlines()[1:])
+    _, _, err = run(capsys, *words)
+    assert f"(runner {' '.join(cancel)})" in err and f"(runner {' '.join(logs)})" in err
+    fake.running()(cluster, only(cluster))
+    cluster.logs[f"{name}-00000"] = "step 1\n"
+    assert run(capsys, *logs[:2], *logs[3:])[:2] == (0, "step 1\n")
+    assert run(capsys, *cancel)[0] == 0 and cluster.objects == {}
+
+
+def test_the_role_of_who_submits_is_what_is_asked(
+    cluster: FakeCluster, job: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each verb of the Role is used by some command, and no other is."""
+    cluster.kueue = True
+    cluster.put("localqueues", {"metadata": {"name": "gpu"}})
+    cluster.plan(fake.suspended("no quota"), fake.unschedulable("0/3"), fake.running(), fake.ended(0))
+    queued = [job, "kubernetes.queue=gpu", "launch.nodes=2"]
+    assert cli.main(["submit", *queued, "--watch"]) == 0
+    assert cli.main(["logs", job]) == 0
+    only(cluster)["status"] = {}
+    assert cli.main(["cancel", job]) == 0
+    asked = set()
+    for request in cluster.requests:
+        if found := re.fullmatch(r".*/namespaces/\w+/(\w+)(/[^/]+)?(/log)?", request.path):
+            verb = {"GET": "get" if found[2] else "list", "POST": "create", "DELETE": "delete"}
+            asked.add((f"{found[1]}{found[3] or ''}", verb[request.method]))
+    [role, _] = yaml.safe_load_all((Path(__file__).parents[1] / "k8s/base/submitter.yaml").read_text())
+    granted = {(name, verb) for one in role["rules"] for name in one["resources"] for verb in one["verbs"]}
+    assert asked == granted
+
+
+def test_a_server_that_is_no_kubernetes(
+    cluster: FakeCluster, job: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake, "SERVED", {})
+    for verb in ("submit", "logs", "cancel"):
+        code, out, err = run(capsys, verb, job)
+        assert (code, out) == (78, "") and "serves batch/v1" in err
 
 
 def test_a_run_has_one_submission_at_a_time(
@@ -223,21 +272,22 @@ WHOLE += ["POST jobs", "POST configmaps", "POST services"]
     ("number", "how"),
     [
         *((number, "503") for number in range(len(WHOLE))),
-        *((number, how) for number in range(5, len(WHOLE)) for how in ("lost", "signal")),
+        *((number, how) for number in range(5, len(WHOLE)) for how in ("lost", "signal", "hangup")),
         (2, "signal"),
     ],
 )
 def test_a_failure_of_any_request_leaves_nothing(
     cluster: FakeCluster, job: str, capsys: pytest.CaptureFixture[str], number: int, how: str
 ) -> None:
-    """Refused, acted upon with the answer lost, or Ctrl-C just then."""
-    if how == "signal":
-        cluster.at_request[number] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    """Refused, acted upon with the answer lost, or just then Ctrl-C or the end of the terminal."""
+    signals = {"signal": signal.SIGINT, "hangup": signal.SIGHUP}
+    if how in signals:
+        cluster.at_request[number] = lambda: os.kill(os.getpid(), signals[how])
     else:
         cluster.faults[number] = how
     code, out, err = run(capsys, "submit", job, "launch.nodes=2")
     assert cluster.lines[: number + 1] == WHOLE[: number + 1]
-    assert (code, out) == (130 if how == "signal" else 74, ""), err
+    assert (code, out) == (130 if how in signals else 74, ""), err
     assert cluster.objects == {}
     made = [line for line in cluster.lines if line in WHOLE[5:]]
     assert cluster.lines[-1] == "DELETE jobs" if made else "DELETE jobs" not in cluster.lines
@@ -318,6 +368,14 @@ PULL = "registry.example.com/vlm-runner:1"
         (
             [fake.pod_ends(75, {"message": "preempted by a notice", "step": 40, "exit_code": 75})],
             "waits for its next pod after exit 75, step 40: preempted by a notice",
+        ),
+        (
+            [fake.running(), fake.pod_gone("DeletionByPodGC", "node no longer exists")],
+            "-00000: DeletionByPodGC: node no longer exists (the pause doubles",
+        ),
+        (
+            [fake.pod_refused("Evicted", "The node was low on resource: ephemeral-storage.")],
+            "-00000: Evicted: The node was low on resource: ephemeral-storage. (the pause doubles",
         ),
     ],
 )

@@ -267,12 +267,16 @@ def test_a_queue_counts_the_time_and_a_job_without_one_has_a_deadline() -> None:
     assert "activeDeadlineSeconds" not in queued["spec"]
     free = render("kubernetes", submit(*PLACES, "resources.time_limit=2h"))[-1]
     assert free["spec"]["activeDeadlineSeconds"] == 7200
+    assert "activeDeadlineSeconds" not in rendered("trainjob", "full")[-1]["spec"]
+    alone = render("trainjob", submit(*PLACES, "resources.time_limit=2h"))[-1]
+    assert alone["spec"]["activeDeadlineSeconds"] == 7200
 
 
 def test_a_token_is_a_file_and_has_to_be_there() -> None:
     spec = rendered("kubernetes", "full")[-1]["spec"]["template"]["spec"]
     assert volume(spec, "hf")["secret"] == {
         "secretName": "hub",
+        "optional": False,
         "defaultMode": 0o440,
         "items": [{"key": "read", "path": "token"}],
     }
@@ -363,7 +367,14 @@ def test_a_train_job_says_what_its_runtime_does_not() -> None:
     (pods_,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     spec = pods_["template"]["spec"]["template"]["spec"]
     assert volume(spec, "job")["configMap"]["name"] == config["metadata"]["name"]
+    assert volume(spec, "hf")["secret"]["optional"] is False, "over the runtime's true"
     assert rendered("trainjob", "least")[0] == runtime, "the same for every job"
+
+
+def test_machines_of_google_have_the_labels_of_their_job() -> None:
+    (job,) = rendered("gcp-batch", "full")
+    assert job["allocationPolicy"]["labels"] == job["labels"]
+    assert job["labels"]["team"] == "vlm"
 
 
 def test_an_aws_definition_is_the_same_for_every_submission() -> None:

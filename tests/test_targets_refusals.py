@@ -104,8 +104,12 @@ def test_all_problems_at_once() -> None:
     [
         ("kubernetes", 63, []),
         ("kubernetes", 61, ["launch.nodes=2"]),
+        ("kubernetes", 61, ["launch.nodes=10"]),
+        ("kubernetes", 60, ["launch.nodes=11"]),
         ("jobset", 48, []),
+        ("jobset", 47, ["launch.nodes=11"]),
         ("trainjob", 48, []),
+        ("trainjob", 46, ["launch.nodes=101"]),
         ("aws-batch", 128, []),
         ("gcp-batch", 63, []),
     ],
@@ -195,13 +199,34 @@ def test_labels_that_are_none(label: str) -> None:
     assert "is no label" in only("kubernetes", f"kubernetes.labels={label}").reason
 
 
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("kubernetes.node_selector={disk: 'very fast'}", "kubernetes.node_selector.disk"),
+        ("kubernetes.node_selector={'a b': c}", "kubernetes.node_selector.a b"),
+        ("resources.gpu_type='NVIDIA A100'", "resources.gpu_type"),
+        ("kubernetes.annotations={'a b': c}", "kubernetes.annotations.a b"),
+        ("kubernetes.tolerations=[{key: spot, value: 'yes'}]", "kubernetes.tolerations[0]"),
+        ("kubernetes.tolerations=[{}, {operator: Equal, value: 'yes'}]", "kubernetes.tolerations[1]"),
+    ],
+)
+def test_what_the_api_server_would_refuse(override: str, key: str) -> None:
+    assert only("kubernetes", override).path == key
+
+
+@pytest.mark.parametrize("label", ["{Team: a}", "{team: A}", "{goog-team: a}", f"{{team: {'a' * 64}}}"])
+def test_labels_that_google_does_not_take(label: str) -> None:
+    render("gcp-batch", submit(*PLACES, "gcp_batch.labels={team: vlm_1, empty: ''}"))
+    assert only("gcp-batch", f"gcp_batch.labels={label}").path.startswith("gcp_batch.labels.")
+
+
 def test_a_time_that_aws_batch_does_not_take() -> None:
     assert only("aws-batch", "resources.time_limit=59s").path == "resources.time_limit"
 
 
-def test_labels_of_the_runner_stay() -> None:
-    found = only("kubernetes", "kubernetes.labels={'vlm-runner/run': other}")
-    assert found.path == "kubernetes.labels.vlm-runner/run"
+@pytest.mark.parametrize("name", ["vlm-runner/run", "batch.kubernetes.io/job-name", "controller-uid"])
+def test_labels_of_the_runner_and_the_cluster_stay(name: str) -> None:
+    assert only("kubernetes", f"kubernetes.labels={{{name!r}: other}}").path == f"kubernetes.labels.{name}"
 
 
 @pytest.mark.parametrize(
@@ -267,6 +292,9 @@ def test_a_job_that_the_container_would_not_read(target: str) -> None:
         ("resources.gpu", "-1"),
         ("resources.time_limit", "2d"),
         ("kubernetes.namespace", "Team"),
+        ("kubernetes.namespace", "a.b"),
+        ("kubernetes.service_account", "a..b"),
+        ("kubernetes.queue", "q" * 64),
         ("kubernetes.cloud", "moon"),
         ("kubernetes.hf_token_from", "a/b/c"),
     ],

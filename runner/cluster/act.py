@@ -52,16 +52,22 @@ def submit(resolved: Resolved, target: str, context: str | None, watch: bool) ->
     if target == "kubernetes":
         cluster = _kubectl(resolved.job, context)
         made = jobs.make(cluster, run, documents, _warn)
-        say(f"submitted {one.name} to {cluster.where}\n{_next(made['metadata']['name'])}")
-        return _watched(one.name, lambda: kubernetes.follow(cluster, one.name, say)) if watch else 0
+        cancels = f"runner cancel {made['metadata']['name']}{cluster.options}"
+        follows = f"runner logs {made['metadata']['name']} --follow{cluster.options}"
+        say(f"submitted {one.name} to {cluster.where}\n  {follows}\n  {cancels}")
+        return _watched(cancels, lambda: kubernetes.follow(cluster, one.name, say)) if watch else 0
     batch = _batch(resolved.job)
     try:
         identity = batch_jobs.make(
             batch, run, documents, _for_the_store(one), resolved.job.checkpoints, _warn
         )
         queue = documents[1]["SubmitJob"]["jobQueue"]
-        say(f"submitted {one.name} to queue {queue}: {identity}\n{_next(identity)}")
-        return _watched(identity, lambda: aws_batch.follow(batch, identity, say)) if watch else 0
+        region = None if resolved.job.aws_batch is None else resolved.job.aws_batch.region
+        where = "" if region is None else f"AWS_REGION={region} "
+        cancels = f"{where}runner cancel {identity}"
+        follows = f"{where}runner logs {identity} --follow"
+        say(f"submitted {one.name} to queue {queue}: {identity}\n  {follows}\n  {cancels}")
+        return _watched(cancels, lambda: aws_batch.follow(batch, identity, say)) if watch else 0
     finally:
         batch.close()
 
@@ -85,10 +91,10 @@ def describe(job: Job, context: str | None = None) -> list[str]:
     return lines
 
 
-def logs(asked: Asked, context: str | None, follow: bool) -> int:
+def logs(asked: Asked, context: str | None, namespace: str | None, follow: bool) -> int:
     """Print the log of a submission."""
     if asked.target == "kubernetes":
-        for line in kubernetes.logs(_kubectl(asked.job, context), asked.name, follow):
+        for line in kubernetes.logs(_kubectl(asked.job, context, namespace), asked.name, follow):
             say(line)
         return 0
     batch = _batch(asked.job)
@@ -103,10 +109,10 @@ def logs(asked: Asked, context: str | None, follow: bool) -> int:
         batch.close()
 
 
-def cancel(asked: Asked, context: str | None) -> int:
+def cancel(asked: Asked, context: str | None, namespace: str | None) -> int:
     """End what is alive of a run or a submission."""
     if asked.target == "kubernetes":
-        kubernetes.cancel(_kubectl(asked.job, context), asked.name, say)
+        kubernetes.cancel(_kubectl(asked.job, context, namespace), asked.name, say)
         return 0
     batch = _batch(asked.job)
     try:
@@ -168,9 +174,9 @@ def target_of(job: Job, target: str | None) -> str:
     )
 
 
-def _kubectl(job: Job | None, context: str | None) -> Kubectl:
+def _kubectl(job: Job | None, context: str | None, namespace: str | None = None) -> Kubectl:
     section = None if job is None else job.kubernetes
-    return Kubectl(context, None if section is None else section.namespace, _warn)
+    return Kubectl(context, namespace or (None if section is None else section.namespace), _warn)
 
 
 def _batch(job: Job | None) -> Batch:
@@ -189,16 +195,12 @@ def _for_the_store(one: Submission) -> str:
     return one.text if len(one.text) <= MAX_CHARACTERS else one.inline
 
 
-def _watched(name: str, follow: Callable[[], int]) -> int:
+def _watched(cancels: str, follow: Callable[[], int]) -> int:
     try:
         return follow()
     except KeyboardInterrupt:
-        complain(f"{name} itself goes on; runner cancel {name} ends it")
+        complain(f"the job itself goes on; {cancels} ends it")
         raise
-
-
-def _next(name: str) -> str:
-    return f"  runner logs {name} --follow\n  runner cancel {name}"
 
 
 def _warn(message: str) -> None:

@@ -92,8 +92,8 @@ def _runs(kubectl: Kubectl, run: str, job: Json) -> NotOwner:
     state = "is being deleted" if job["metadata"].get("deletionTimestamp") else "is alive"
     return NotOwner(
         f"submit {run}: its submission {name} {state} in {kubectl.where}, and one run has one owner\n"
-        f"    remedy: follow it (runner logs {name} --follow), or end it first (runner cancel {name}); "
-        "another run needs another name"
+        f"    remedy: follow it (runner logs {name} --follow{kubectl.options}), or end it first "
+        f"(runner cancel {name}{kubectl.options}); another run needs another name"
     )
 
 

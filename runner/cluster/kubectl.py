@@ -64,6 +64,10 @@ class Kubectl:
     def __init__(self, context: str | None, namespace: str | None, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._context = [] if context is None else ["--context", context]
+        self.options = "".join(
+            f" --{name} {value}" for name, value in (("context", context), ("namespace", namespace)) if value
+        )
+        """What `runner logs` and `runner cancel` need to look in the same place."""
         done = self._run(["config", "view", "--minify", "--output", "json"])
         if done.returncode:
             raise refusal("read the kubeconfig", done.stderr)
@@ -72,12 +76,16 @@ class Kubectl:
         self.where = Where(entry["name"], namespace or entry["context"].get("namespace") or "default")
 
     def get(self, resource: str, name: str = "", **query: str) -> Any:
-        """An object, or with selectors a list of them; None when it does not exist.
+        """An object, or without a name a list of them; None when the object does not exist.
 
         Raises:
             RunnerError: as `refusals.refusal` says, here and below.
         """
-        return self.get_path(self._path(resource, name, query), f"read {resource} {name}".rstrip())
+        what = f"read {resource} {name}".rstrip()
+        found = self.get_path(self._path(resource, name, query), what)
+        if found is None and not name:  # a list may be empty; what has none is no Kubernetes
+            raise self._refusal(what, "Error from server (NotFound): the server has no such resource")
+        return found
 
     def get_path(self, path: str, what: str) -> Any:
         """The answer to a path of the API; None when it does not exist."""

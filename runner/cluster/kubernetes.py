@@ -13,7 +13,7 @@ from typing import Any
 
 from runner.cluster.jobs import alive, submissions
 from runner.cluster.kubectl import Kubectl
-from runner.cluster.waiting import INDEX, Phase, Seen, State, ended, finished, state
+from runner.cluster.waiting import INDEX, Phase, Seen, State, finished, over, state
 from runner.errors import AccessDenied, RunnerError, StorageError, UsageError
 
 PAUSE = 5.0
@@ -40,7 +40,7 @@ def look(kubectl: Kubectl, name: str) -> State:
     judged = state(seen, now)
     if judged.phase is not Phase.PENDING:
         return judged
-    about = [pod for pod in pods if ended(pod) is None] or [job]
+    about = [pod for pod in pods if not over(pod)] or [job]
     events = [event for document in about for event in _events(kubectl, document)]
     return state(Seen(job, pods, events, _workload(kubectl, job)), now)
 

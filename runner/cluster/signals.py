@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[Callable[[], None]]:
-    """Keep SIGINT and SIGTERM until the block ends; for the main thread.
+    """Keep SIGINT, SIGTERM and SIGHUP (a terminal that is closed) until the block ends; for the main thread.
+    What is ignored, as by nohup, stays so.
 
     Yields:
         A check that raises KeyboardInterrupt when one came.
@@ -20,7 +21,11 @@ def signals_later() -> Iterator[Callable[[], None]]:
         if came:
             raise KeyboardInterrupt
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = [
+        number
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    ]
     before = [signal.signal(number, lambda got, frame: came.append(got)) for number in numbers]
     try:
         yield asked

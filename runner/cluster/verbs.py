@@ -1,7 +1,7 @@
 """`runner submit | logs | cancel`: a job on a cluster, from a laptop; `runner.cluster.act` does it.
 
-JOB is a job, as for every verb. A bare name is a run or a submission in kubectl's current namespace; a job id
-of AWS Batch is a submission there.
+JOB is a job, as for every verb. A bare name is a run or a submission in kubectl's current namespace, or in
+--namespace; a job id of AWS Batch is a submission there.
 """
 
 from __future__ import annotations
@@ -40,6 +40,9 @@ def _named_arguments(parser: argparse.ArgumentParser) -> None:
         help="the job file, and values that override it; or the name of a run or submission; or a job id",
     )
     _place_arguments(parser)
+    parser.add_argument(
+        "--namespace", metavar="NAME", help="of Kubernetes (default: the job's, else the context's)"
+    )
 
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,13 +64,14 @@ def _logs(arguments: argparse.Namespace) -> int:
     from runner.cluster import act
 
     asked = act.asked(arguments.words, arguments.to, os.environ)
-    return act.logs(asked, arguments.context, arguments.follow)
+    return act.logs(asked, arguments.context, arguments.namespace, arguments.follow)
 
 
 def _cancel(arguments: argparse.Namespace) -> int:
     from runner.cluster import act
 
-    return act.cancel(act.asked(arguments.words, arguments.to, os.environ), arguments.context)
+    asked = act.asked(arguments.words, arguments.to, os.environ)
+    return act.cancel(asked, arguments.context, arguments.namespace)
 
 
 VERBS = {

@@ -94,7 +94,7 @@ def state(seen: Seen, now: datetime) -> State:
     for pod in newest:
         if why := _pod_waits(pod, seen.events, now):
             return State(Phase.PENDING, f"pod {pod['metadata']['name']}: {why}")
-    alive = [pod for pod in newest if ended(pod) is None]
+    alive = [pod for pod in newest if not over(pod)]
     if not alive:
         return State(Phase.PENDING, _no_pod(seen, newest))
     return State(
@@ -102,6 +102,12 @@ def state(seen: Seen, now: datetime) -> State:
         "runs: "
         + ", ".join(f"{pod['metadata']['name']} on {pod['spec'].get('nodeName', '?')}" for pod in alive),
     )
+
+
+def over(pod: Json) -> bool:
+    """Whether nothing of a pod runs any more, and nothing will. A node that is deleted or that refuses or
+    evicts a pod leaves no end of the container, only the pod's phase."""
+    return ended(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
 def ended(pod: Json) -> Ended | None:
@@ -170,7 +176,7 @@ def _pod_waits(pod: Json, events: Sequence[Json], now: datetime) -> str | None:
                 f"off, kubectl delete pod {name} --force)"
             )
     status = pod.get("status", {})
-    if ended(pod) is not None or status.get("phase") in ("Succeeded", "Failed"):
+    if over(pod):
         return None
     for condition in status.get("conditions", ()):
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
@@ -198,14 +204,32 @@ def _no_pod(seen: Seen, newest: Sequence[Json]) -> str:
     if refused := next((e for e in reversed(seen.events) if e["reason"] == "FailedCreate"), None):
         return f"its pods are refused: {refused['message']}"
     ends = [end for pod in newest if (end := ended(pod)) is not None]
+    if lost := [pod for pod in newest if ended(pod) is None and over(pod)]:
+        return f"waits for its next pod after {_lost(lost[-1])} {_PAUSE}"
     if not ends:
         return _newest_event(seen.job, seen.events) or "no pod yet"
     if not any(end.code for end in ends):
         return "its pods are done, and about to be counted"
-    return (
-        f"waits for its next pod after {max(ends, key=lambda end: end.at).words} "
-        "(the pause doubles with every end, up to 6 min)"
+    return f"waits for its next pod after {max(ends, key=lambda end: end.at).words} {_PAUSE}"
+
+
+_PAUSE = "(the pause doubles with every end, up to 6 min)"
+
+
+def _lost(pod: Json) -> str:
+    """The end of a pod whose container left none: evicted, refused by its node, or gone with it."""
+    status = pod["status"]
+    disrupted: Json = next(
+        (
+            one
+            for one in status.get("conditions", ())
+            if one["type"] == "DisruptionTarget" and one["status"] == "True"
+        ),
+        {},
     )
+    reason = status.get("reason") or disrupted.get("reason") or status["phase"]
+    message = status.get("message") or disrupted.get("message") or ""
+    return f"{pod['metadata']['name']}: {reason}: {message}".rstrip(": ")
 
 
 def _newest_event(document: Json, events: Sequence[Json]) -> str:

@@ -22,7 +22,10 @@ def objects(one: Submission) -> list[Tree]:
     labels = {**place.labels, **_labels(one)}
     job: Tree = {
         "taskGroups": [merge(group, {"taskSpec": _task(one, place, group["taskSpec"])})],
-        "allocationPolicy": _machines(one, place, template["allocationPolicy"]["instances"][0]),
+        "allocationPolicy": {
+            **_machines(one, place, template["allocationPolicy"]["instances"][0]),
+            "labels": labels,
+        },
         "labels": labels,
     }
     return [merge(template, job)]

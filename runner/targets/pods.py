@@ -199,7 +199,8 @@ def volumes(submission: Submission) -> list[Tree]:
         name, _, key = token.partition("/")
         # A Secret that is named has to be there: else the pod waits and says so, instead of failing on a GPU.
         items = [{"key": key or "token", "path": "token"}]
-        hf = {"name": "hf", "secret": {"secretName": name, "optional": None, "items": items}}
+        # False, not absent: a TrainJob's patch lies over the runtime's, which is optional.
+        hf = {"name": "hf", "secret": {"secretName": name, "optional": False, "items": items}}
     return [
         {"name": "job", "configMap": {"name": submission.name}},
         hf,

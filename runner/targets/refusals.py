@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from runner.errors import Problem
 from runner.job.yaml_source import MAX_CHARACTERS
 from runner.manifest import Source, looks_local
+from runner.places import Kubernetes
 from runner.section import seconds, size
 from runner.targets.pods import GPU
 from runner.targets.submission import Submission
@@ -34,7 +35,7 @@ LONGEST_NAME = {
     "gcp-batch": 63,
 }
 """Of a submission. Kubernetes: a label's value; JobSet and TrainJob: what they add to it, `-node-0-0-xxxxx`,
-has to fit into 63, too."""
+has to fit into 63, too. From the eleventh node on an index has more digits, and the name fewer."""
 
 INDEXED_NAME = 61
 """Of an Indexed Job: its pods' host names end with an index."""
@@ -59,7 +60,10 @@ ATTEMPT = 60
 """Seconds, the shortest timeout of AWS Batch."""
 
 _GOOGLE = re.compile(r"://([\w.-]+\.)?storage\.googleapis\.com")
-_OWN_LABELS = ("app.kubernetes.io/", "vlm-runner/", "kueue.x-k8s.io/")
+_OWN_LABELS = re.compile(
+    r"(app|batch)\.kubernetes\.io/|vlm-runner/|(\w+\.)?kueue\.x-k8s\.io/|jobset\.sigs\.k8s\.io/"
+    r"|trainer\.kubeflow\.org/|(job-name|controller-uid)$"
+)
 _ALL_KUBERNETES = ("kubernetes", "jobset", "trainjob")
 
 
@@ -171,6 +175,7 @@ def _section(target: str, one: Submission) -> Iterator[Problem]:
 def _name(target: str, one: Submission) -> Iterator[Problem]:
     nodes = one.job.launch.nodes
     most = INDEXED_NAME if target == "kubernetes" and nodes > 1 else LONGEST_NAME[target]
+    most -= len(str(nodes - 1)) - 1
     if len(one.name) > most:
         shorter = len(one.job.name) - (len(one.name) - most)
         yield Problem(
@@ -197,11 +202,18 @@ def _pods(target: str, one: Submission) -> Iterator[Problem]:
             "set kubernetes.cloud=aws, gke or azure; or kubernetes.node_selector, and tolerations",
         )
     for name, value in place.labels.items():
-        if name.startswith(_OWN_LABELS):
-            yield Problem(f"kubernetes.labels.{name}", "the runner sets this label", "remove it")
+        if _OWN_LABELS.match(name):
+            yield Problem(
+                f"kubernetes.labels.{name}", "the runner or the cluster sets this label", "remove it"
+            )
         elif re.fullmatch(LABEL, name) is None or (value and re.fullmatch(LABEL_VALUE, value) is None):
             reason = f"{name}={value!r} is no label: at most 63 letters, digits, -, _ and . each"
             yield Problem(f"kubernetes.labels.{name}", reason, "write it as an annotation, or shorten it")
+    yield from _nodes(one, place)
+    for name in place.annotations:
+        if re.fullmatch(LABEL, name) is None:
+            reason = f"{name!r} names no annotation: at most 63 letters, digits, -, _ and ."
+            yield Problem(f"kubernetes.annotations.{name}", reason, "shorten it, as team/contact")
     if target == "trainjob":
         for key, is_set, instead in (
             (
@@ -215,6 +227,25 @@ def _pods(target: str, one: Submission) -> Iterator[Problem]:
                 yield Problem(f"kubernetes.{key}", "a TrainJob cannot set it", instead)
 
 
+def _nodes(one: Submission, place: Kubernetes) -> Iterator[Problem]:
+    """What no node can have, and no server takes."""
+    asked = {f"kubernetes.node_selector.{name}": (name, value) for name, value in place.node_selector.items()}
+    if one.job.resources.gpu_type is not None:
+        asked["resources.gpu_type"] = (place.gpu_type_label, one.job.resources.gpu_type)
+    for key, (name, value) in asked.items():
+        if re.fullmatch(LABEL, name) is None or (value and re.fullmatch(LABEL_VALUE, value) is None):
+            reason = f"{name}={value!r} is no label of a node: at most 63 letters, digits, -, _ and . each"
+            yield Problem(key, reason, "copy it from kubectl get nodes --show-labels")
+    for index, taint in enumerate(place.tolerations):
+        if taint.operator == "Exists" and taint.value:
+            reason, remedy = "operator Exists takes no value", "remove the value, or write operator: Equal"
+        elif taint.operator == "Equal" and taint.key is None:
+            reason, remedy = "operator Equal needs the key of a taint", "name it, or write operator: Exists"
+        else:
+            continue
+        yield Problem(f"kubernetes.tolerations[{index}]", reason, remedy)
+
+
 def _batch(target: str, one: Submission) -> Iterator[Problem]:
     job, system = one.job, {"aws-batch": "AWS Batch", "gcp-batch": "Google Cloud Batch"}[target]
     if job.launch.nodes > 1:
@@ -224,6 +255,14 @@ def _batch(target: str, one: Submission) -> Iterator[Problem]:
             "set launch.nodes=1 with more resources.gpu; or use runner render jobset, or kubernetes (an "
             "Indexed Job)",
         )
+    for name, value in job.gcp_batch.labels.items() if target == "gcp-batch" and job.gcp_batch else ():
+        if re.fullmatch(r"(?!goog(le)?-)[a-z][-_a-z0-9]{0,62}", name) is None or re.search(
+            r"[^-_a-z0-9]|.{64}", value
+        ):
+            reason = f"{name}={value!r} is no label on Google Cloud: at most 63 lower case letters, digits, "
+            yield Problem(
+                f"gcp_batch.labels.{name}", f"{reason}- and _ each, and goog- is Google's", "correct it"
+            )
     limit = job.resources.time_limit
     if target == "aws-batch" and limit is not None and seconds(limit) < ATTEMPT:
         yield Problem(

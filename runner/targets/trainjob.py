@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from runner.section import seconds
 from runner.targets.pods import (
     BASE,
     GRACE,
     config_map,
+    deadline,
     metadata,
     owned_by_jobset,
     patched,
@@ -87,6 +87,6 @@ def _train_job(submission: Submission) -> Tree:
             ],
         },
     }
-    if job.resources.time_limit is not None:
-        patch["spec"]["activeDeadlineSeconds"] = int(seconds(job.resources.time_limit))
+    if (limit := deadline(job)) is not None:
+        patch["spec"]["activeDeadlineSeconds"] = limit
     return merge(load("trainjob.yaml"), patch)
