@@ -124,6 +124,10 @@ def submitted(job: str, capsys: pytest.CaptureFixture[str], *words: str) -> tupl
     """Name and id."""
     code, out, err = run(capsys, "submit", job, *words)
     assert (code, err) == (0, "")
+    return _names(out)
+
+
+def _names(out: str) -> tuple[str, str]:
     found = re.match(r"submitted (\S+) to queue spot: (\S+)\n", out)
     assert found is not None
     return found[1], found[2]
@@ -135,7 +139,9 @@ def submitted(job: str, capsys: pytest.CaptureFixture[str], *words: str) -> tupl
 def test_what_is_registered_and_submitted_is_what_render_prints(
     proxy: FaultProxy, port: int, job: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name, identity = submitted(job, capsys)
+    code, out, err = run(capsys, "submit", job)
+    assert (code, err) == (0, "")
+    name, identity = _names(out)
     definition, submit = render("aws-batch", submission(resolved(job), name))
     [registered] = _definitions(port)
     printed = definition["RegisterJobDefinition"]
@@ -150,6 +156,7 @@ def test_what_is_registered_and_submitted_is_what_render_prints(
     [made] = _jobs(port)
     assert (made["jobId"], made["jobName"]) == (identity, submit["SubmitJob"]["jobName"])
     assert made["jobDefinition"] == registered["jobDefinitionArn"]
+    assert f"AWS_REGION=us-east-1 runner logs {identity} --follow" in out
     given = submit["SubmitJob"]["containerOverrides"]["environment"]
     assert all(one in made["container"]["environment"] for one in given)
     assert _stored(port) == {}
