@@ -85,6 +85,16 @@ def test_render_prints_what_reads_back(target: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == out
 
 
+def test_the_folder_of_a_job_is_nobodys_business(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = []
+    for folder in ("one", "another"):
+        (tmp_path / folder).mkdir()
+        job = shutil.copy(ROOT / "jobs" / "demo-sft.yaml", tmp_path / folder)
+        assert cli.main(["render", "kubernetes", job, *PLACES]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] and "# demo-sft.yaml:" in shown[0]
+
+
 @needs_kubectl
 @pytest.mark.parametrize("text", ["y", "N", "1e3", "1.5E3", "08", "0o17", ".5e-3", "0B11"])
 def test_text_stays_text_for_kubectl(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

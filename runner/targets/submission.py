@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from runner.job.resolved import resolved_yaml
 from runner.manifest import Job
@@ -39,8 +40,20 @@ def submission(resolved: Resolved, name: str | None = None) -> Submission:
     """The submission of a resolved job.
 
     Args:
-        name: None: the job's name and the beginning of its text's SHA-256, the same for the same job.
+        name: None: the job's name and the beginning of its text's SHA-256, the same for the same job, in
+            whatever folder its file lies.
     """
-    text = resolved_yaml(resolved)
+    text = resolved_yaml(replace(resolved, sources=_without_folders(resolved)))
     digest = hashlib.sha256(text.encode()).hexdigest()[:SUFFIX]
     return Submission(resolved.job, text, name or f"{resolved.job.name}-{digest}")
+
+
+def _without_folders(resolved: Resolved) -> dict[str, str]:
+    """The source of each value with no more of its file than the name: folders are this machine's own."""
+    if resolved.file is None:
+        return resolved.sources
+    here, name = f"{resolved.file}:", f"{PurePath(resolved.file).name}:"
+    return {
+        key: name + source.removeprefix(here) if source.startswith(here) else source
+        for key, source in resolved.sources.items()
+    }
