@@ -170,7 +170,7 @@ def _more(here: Standing) -> str:
         return ""
     age = "unknown" if here.lease_age is None else f"{duration(here.lease_age)} ago"
     where = (
-        f", on {here.owner['host']}"
+        f", on {_line(here.owner['host'])}"
         if here.state in ("starting", "running", "waiting", "ending", "lost")
         else ""
     )
