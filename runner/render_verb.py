@@ -8,36 +8,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from typing import Any
-
-import yaml
 
 from runner.command import Verb, complain, say
 from runner.job_words import job_arguments, split
 
 NAMES = ("kubernetes", "jobset", "trainjob", "aws-batch", "gcp-batch")
 """Of `runner.targets.TARGETS`, which is loaded when the verb runs."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines stays readable; nothing is an alias of something else."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def documents(objects: list[dict[str, Any]]) -> str:
-    """Objects as YAML documents."""
-    return yaml.dump_all(
-        objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110, explicit_start=True
-    )
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,6 +31,7 @@ def _render(arguments: argparse.Namespace) -> int:
 
     resolved = resolve(*split(arguments.words), os.environ)
     from runner.targets import gcp_batch, render, submission
+    from runner.targets.documents import documents
 
     one = submission(resolved, arguments.name)
     objects = render(arguments.target, one)

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from runner.render_verb import documents
 from runner.settings import resolve
 from runner.targets import TARGETS, Submission, render, submission
+from runner.targets.documents import documents
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "data" / "golden"
