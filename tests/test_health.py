@@ -84,6 +84,11 @@ def test_it_lives_while_it_reads_all_that_a_run_ends_with(bench: Bench) -> None:
     assert 0 < oldest < float(OLD)
 
 
+def test_an_evaluation_lives_too(bench: Bench) -> None:
+    assert bench.train(verb="evaluate")[0] == 0
+    assert alive(bench)
+
+
 def test_it_lives_while_it_waits_for_another_owner(world: World) -> None:
     first, second = world.first, world.machine()
     owner = first.start(at("step:5", "wait"), before=hasty)
