@@ -28,6 +28,7 @@ from runner.errors import Preempted, RunnerError
 from runner.events import EventLog
 from runner.health import Heart
 from runner.job.resolved import resolved_yaml
+from runner.job.secrets import without_secrets
 from runner.plan import Fetched, geometry
 from runner.settings import Resolved
 from runner.supervisor import fetch, final, identity, result
@@ -249,7 +250,7 @@ class _Run:
             attempts=record.attempts,
             metrics=result.merged_metrics(record, metrics),
             restarts=record.restarts,
-            error=error,
+            error=None if error is None else without_secrets(error, os.environ),
             fidelity=record.fidelity,
             adapter=None if last is None else last.adapter,
             checkpoint=None if newest is None else newest.id,
