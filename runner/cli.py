@@ -22,6 +22,7 @@ from runner.cluster.verbs import VERBS as CLUSTER
 from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
 from runner.errors import JobError, RunnerError, UsageError
 from runner.health import HEALTH
+from runner.job.secrets import without_secrets
 from runner.job_words import SOURCES, job_arguments, split
 from runner.last_words import spoken
 from runner.render_verb import RENDER
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> int:
         complain(f"{error}{of_job if isinstance(VERBS[argv[0]], Verb) else ''}")
         return error.exit_code
     except RunnerError as error:
-        complain(str(error))
+        complain(without_secrets(str(error), os.environ))
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted")

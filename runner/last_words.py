@@ -19,14 +19,11 @@ from pathlib import Path
 
 from runner.command import complain
 from runner.errors import RunnerError
-from runner.job.secrets import MASK, mask, names_secret
+from runner.job.secrets import without_secrets
 
 VARIABLE = "RUNNER_TERMINATION_LOG"
 
 MOST = 4096
-
-_SHORTEST_SECRET = 8
-"""Characters; a shorter value would also be found inside words."""
 
 
 def spoken(environ: Mapping[str, str], act: Callable[[], int]) -> int:
@@ -66,14 +63,6 @@ def write(
         Path(path).write_bytes(_encoded(without_secrets(message, environ), said))
     except (OSError, ValueError) as error:
         complain(f"warning: {VARIABLE}={path}: cannot be written: {error}")
-
-
-def without_secrets(text: str, environ: Mapping[str, str]) -> str:
-    """The text without what looks like a credential, and without the values of variables that are one."""
-    for name, value in environ.items():
-        if (names_secret(name) or name.upper().endswith(("TOKEN", "KEY"))) and len(value) >= _SHORTEST_SECRET:
-            text = text.replace(value, MASK)
-    return mask(text)
 
 
 def _encoded(message: str, said: Mapping[str, object]) -> bytes:

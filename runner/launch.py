@@ -17,6 +17,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,13 @@ from runner.errors import Preempted, RunnerError
 from runner.events import EventLog
 from runner.health import Heart
 from runner.job.resolved import resolved_yaml
+from runner.job.secrets import without_secrets
 from runner.plan import Fetched, geometry
 from runner.settings import Resolved
 from runner.supervisor import fetch, final, identity, result
 from runner.supervisor.attempt import TRAINER
 from runner.supervisor.attempts import Attempts
-from runner.supervisor.custody import Custody
+from runner.supervisor.custody import LOOK, Custody
 from runner.supervisor.direct import grace_seconds
 from runner.supervisor.evaluation import evaluate
 from runner.supervisor.fetch import Answer
@@ -204,12 +207,21 @@ class _Run:
     def _finish(self) -> None:
         """Commit what the run ends with: it is done when that is in the store, and not before."""
         written = self._ended("done", 0, None)
-        folder = final.gather(self._folder, written)
+        folder = self._gathered(written)
         self._custody.finish(folder)
         result.write(self._folder.result, written)
         last_words.write(os.environ, "done", 0, "done", written.steps, written.checkpoint)
         shutil.rmtree(folder, ignore_errors=True)
         _report(written, self._journal.line)
+
+    def _gathered(self, written: result.Result) -> Path:
+        """What the run ends with. It reads every byte of a model, and this process looks around meanwhile."""
+        with ThreadPoolExecutor(1, "gather") as pool:
+            doing = pool.submit(final.gather, self._folder, written)
+            while not doing.done():
+                self._notices.poll()
+                wait_for([doing], LOOK)
+        return doing.result()
 
     def _fail(self, error: RunnerError) -> None:
         """Keep what can be kept, and say how it ended."""
@@ -238,7 +250,7 @@ class _Run:
             attempts=record.attempts,
             metrics=result.merged_metrics(record, metrics),
             restarts=record.restarts,
-            error=error,
+            error=None if error is None else without_secrets(error, os.environ),
             fidelity=record.fidelity,
             adapter=None if last is None else last.adapter,
             checkpoint=None if newest is None else newest.id,

@@ -14,6 +14,7 @@ import pytest
 
 from runner import cli, health
 from runner.health import Heart, age
+from runner.supervisor import final
 from tests.machines import Bench, World, at, hasty
 
 OLD = "1.4"
@@ -64,6 +65,28 @@ def test_it_lives_from_the_first_wait_for_the_store_to_the_last(world: World) ->
     assert code == 75, output
     assert world.head().state == "released" and fault.met >= 4
     assert 0 < oldest < float(OLD)
+
+
+def test_it_lives_while_it_reads_all_that_a_run_ends_with(bench: Bench) -> None:
+    """A large model on a slow disk: longer than a probe waits."""
+    gather = final.gather
+
+    def slow() -> None:
+        quick()
+        final.gather = lambda *given: (time.sleep(float(OLD) + 1), gather(*given))[1]
+
+    process = bench.start(before=slow)
+    oldest = 0.0
+    while process.poll() is None:
+        oldest = max(oldest, age(bench.runs, time.monotonic()) or 0.0)
+        time.sleep(0.02)
+    assert process.finish()[0] == 0
+    assert 0 < oldest < float(OLD)
+
+
+def test_an_evaluation_lives_too(bench: Bench) -> None:
+    assert bench.train(verb="evaluate")[0] == 0
+    assert alive(bench)
 
 
 def test_it_lives_while_it_waits_for_another_owner(world: World) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
-from runner import cli, last_words
+from runner import cli
 from runner.errors import DataError, Preempted
+from runner.job.secrets import MASK, without_secrets
 from runner.last_words import MOST, spoken, write
 from tests.machines import Bench, at
 
@@ -79,6 +80,17 @@ def test_a_run_that_failed_says_why(bench: Bench, log: Path) -> None:
     document = said(log)
     assert (document["outcome"], document["exit_code"], document["step"]) == ("failed", 65, 2)
     assert "row 3 of data is bad" in document["message"]
+
+
+def test_what_a_library_says_is_kept_without_credentials(
+    bench: Bench, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In HEAD, the events and the result, as in the last words."""
+    monkeypatch.setenv("WANDB_API_KEY", "row 3 of data")
+    assert bench.train(at("step:3", "crash:65"), before=speaking)[0] == 65
+    kept = [file.read_text() for file in (log, bench.run / "events.jsonl", bench.run / "result.json")]
+    assert not any("row 3 of data" in text for text in (*kept, str(bench.head().record)))
+    assert any(MASK in str(event.get("error")) for event in bench.said("end"))
 
 
 # --- ends before anything began ---
@@ -173,7 +185,7 @@ def test_a_file_that_cannot_be_written_is_said_once_and_changes_nothing(
 def test_nobody_asked(capsys: pytest.CaptureFixture[str]) -> None:
     write({}, "done", 0, "done")
     assert capsys.readouterr().err == ""
-    assert last_words.without_secrets("nothing to hide", {}) == "nothing to hide"
+    assert without_secrets("nothing to hide", {}) == "nothing to hide"
 
 
 def test_example_of_the_docs_is_one(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,7 @@ def test_cloud_is_known_without_a_network(
         ({"RUNNER_METADATA": "off", "AWS_BATCH_JOB_ID": "a"}, None),
         ({"RUNNER_METADATA": "aws", "KUBERNETES_SERVICE_HOST": "10.0.0.1"}, Aws),
         ({"RUNNER_METADATA": "aws", "AWS_EC2_METADATA_DISABLED": "true"}, None),
+        ({"RUNNER_METADATA": "aws", "AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE": "IPv6"}, Aws),
         ({"RUNNER_METADATA": "gce"}, Gce),
         ({"RUNNER_METADATA": "azure"}, Azure),
     ],
@@ -352,6 +354,78 @@ def test_gce_waits_for_a_change(server: MetadataServer) -> None:
     assert [sign.kind for sign in gce.look()] == ["stop"]
     assert 0.1 < time.monotonic() - began < 5
     assert "wait_for_change=true" in server.asked[2]
+
+
+@pytest.mark.parametrize("how", ["slow", "404", "500", "nonsense"])
+def test_a_stop_is_heard_whatever_becomes_of_the_other_question(
+    server: MetadataServer, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "SECONDS", 0.3)
+    take(server, "aws")
+    take(server, "gce")
+    well = server.answer
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        server.how = how if request.path.endswith(("/rebalance", "/maintenance-event")) else "well"
+        well(request)
+
+    monkeypatch.setattr(server, "answer", answer)
+    for asked in (Aws(f"http://{server.host}"), Gce(f"http://{server.host}")):
+        assert [sign.kind for sign in asked.look()] == ["stop"]
+
+
+def test_an_azure_event_is_heard_beside_one_that_is_none(server: MetadataServer) -> None:
+    server.azure = [{"EventId": "x"}]
+    azure = Azure(f"http://{server.host}")
+    with pytest.raises(Unusable):
+        azure.look()
+    take(server, "azure")
+    assert [sign.kind for sign in azure.look()] == ["stop"]
+
+
+def test_a_google_machine_without_maintenance_events_is_asked_on(server: MetadataServer) -> None:
+    well = server.answer
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        server.how = "404" if request.path.endswith("/maintenance-event") else "well"
+        well(request)
+
+    server.answer = answer  # type: ignore[method-assign]
+    gce = Gce(f"http://{server.host}", wait=0)
+    assert [gce.look(), gce.look()] == [[], []]
+    assert "wait_for_change" in server.asked[2]
+
+
+@pytest.mark.parametrize("at", ["soon", "2026-11-27\ud80008:22:00Z", 3, None, "2026-99-99T00:00:00Z"])
+def test_a_time_that_is_none_is_not_repeated(server: MetadataServer, at: object) -> None:
+    server.aws["spot/instance-action"] = {"action": "terminate", "time": at}
+    (sign,) = Aws(f"http://{server.host}").look()
+    assert (sign.kind, sign.seconds, sign.reason) == ("stop", None, "AWS takes this machine: terminate")
+
+
+@pytest.mark.parametrize("endpoint", ["http://host:port", "http://[bad", "http://host:99999", "host", ""])
+def test_an_address_that_is_none_is_an_unusable_service(endpoint: str) -> None:
+    for asked in (Aws(endpoint), Gce(endpoint), Azure(endpoint)):
+        with pytest.raises(Unusable):
+            asked.look()
+
+
+def test_a_service_that_is_gone_for_days_is_asked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        name, pause = "gone", 1.0
+        asked, enough = 0, threading.Event()
+
+        def look(self) -> list[Sign]:
+            self.asked += 1
+            if self.asked == 1500:
+                self.enough.set()
+            raise Unusable("no answer")
+
+    monkeypatch.setattr(watch, "LONGEST", 0.0)
+    gone, said = Gone(), []
+    with Notices() as notices, Watch(gone, notices, said.append):
+        assert gone.enough.wait(10)
+    assert len(said) == 1
 
 
 def test_a_long_wait_that_ends_without_a_change_is_no_failure(server: MetadataServer) -> None:

@@ -190,6 +190,26 @@ def test_advice_asks_for_one_save_more_whatever_else_is_asked(world: World) -> N
     assert world.asked() == before  # a stop saves
 
 
+def test_advices_within_a_minute_are_one(world: World) -> None:
+    for world.time in range(0, 121, 5):
+        world.director.save(f"rebalance at {world.time}")
+    assert world.asked()["saves"] == 3
+
+
+@pytest.mark.parametrize("first", [None, 100])
+def test_a_later_notice_shortens_the_time(world: World, first: float | None) -> None:
+    assert world.director.stop("SIGTERM on node 1", first) is False
+    assert world.director.look(first) is None
+    world.time = 5
+    assert world.director.look(20) is None
+    assert world.director.deadline == 24
+    world.time = 6
+    assert world.director.look(90) is None
+    assert world.director.deadline == 24
+    world.time = 24
+    assert "no time to save" in (world.director.look(1) or "")
+
+
 def test_trainer_that_does_not_come_to_its_save_is_ended_in_time_for_the_commit(
     with_grace: Callable[[float | None], World],
 ) -> None:

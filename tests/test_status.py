@@ -18,7 +18,7 @@ import pytest
 from runner import cli
 from runner.checkpoint.head import Head, Owner
 from runner.status.standing import State, standing, state_of
-from runner.status.verb import document
+from runner.status.verb import document, text
 from runner.supervisor.now import LOSSES, Now
 from runner.supervisor.result import Record
 from tests.machines import Bench, World, at, hasty
@@ -251,6 +251,26 @@ def test_noise_is_left_out_of_the_last_events() -> None:
     events = [{"event": "owner"}, *({"event": "step"} for _ in range(30)), {"event": "commit", "id": "a"}]
     seen = standing(head("held"), 1, None, events)
     assert [event["event"] for event in seen.events] == ["owner", "commit"]
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf"), 10**400, "noon", None])
+def test_what_is_odd_is_shown_as_far_as_it_goes(time: Any) -> None:
+    record = {
+        "last": {"event": "end", "outcome": "failed", "error": 3},
+        "restarts": [{"step": 1}],
+        "now": {"epoch": 2, "phase": "\x1b[2J"},
+    }
+    for state in ("held", "released"):
+        odd = head(state, record).model_copy(update={"owner": Owner(attempt="a", host="h\x1b[2J")})
+        said = text("place", standing(odd, 1, None, [{"event": "notice", "time": time}]))
+        assert "    ?  notice" in said and "attempt None from step 1" in said
+        assert "\x1b" not in said
+
+
+def test_half_a_step_in_the_events_is_none() -> None:
+    whole = after(step(1))
+    for half in ({"step": 2}, {"step": 2, "steps": 50}, {**step(2), "loss": None}):
+        assert whole.after({"event": "step", **half}) == whole
 
 
 # --- the docs ---

@@ -22,8 +22,8 @@ from runner.checkpoint.memory import MemoryStore
 from runner.checkpoint.s3 import S3Store, Settings
 from runner.checkpoint.s3_errors import Meaning, meaning
 from runner.checkpoint.s3_parts import Slice, cut, joined
-from runner.checkpoint.store import Missing, Patience, Store, Transient, probe
-from runner.errors import AccessDenied, DataError, JobError, StorageError
+from runner.checkpoint.store import Interruptible, Missing, Patience, Store, Transient, probe
+from runner.errors import AccessDenied, DataError, JobError, Preempted, StorageError
 from tests.fault_proxy import FaultProxy
 from tests.runs_in_store import Clock
 from tests.s3_server import BUCKET, ENVIRONMENT, s3_server
@@ -325,6 +325,19 @@ def test_object_that_the_server_stored_wrong_is_not_taken_for_ours(bucket: Bucke
     bucket.proxy.fail("PUT", "/rotten", "rot", times=2)
     assert bucket.store.create("rotten", data)
     assert not bucket.store.create("rotten", data)
+
+
+def test_a_notice_ends_a_long_download_between_its_parts(bucket: Bucket, tmp_path: Path) -> None:
+    clock = Interruptible()
+    store = S3Store(bucket.settings, Patience(60, clock, bucket.events.append))
+    bucket.opened.append(store)
+    path, size, sha256 = file_of(tmp_path / "large", bytes(3 * PART))
+    assert store.create_file("large", path, size, sha256)
+    store.fetch("large", tmp_path / "back", size)
+    clock.end(Preempted("SIGTERM"))
+    with pytest.raises(Preempted):
+        store.fetch("large", tmp_path / "back", size)
+    assert held(store, "large") == bytes(3 * PART)  # one call is no waiting: the run is still given back
 
 
 def test_damaged_answer_of_a_range_is_the_readers_to_verify(bucket: Bucket, tmp_path: Path) -> None:

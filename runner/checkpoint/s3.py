@@ -141,10 +141,8 @@ class S3Store:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 ranges = cut(size, self._at.part)
-                jobs = [
-                    self._pool.submit(self._patience.run, self._range_call(key, handle, start, length, size))
-                    for start, length in ranges
-                ]
+                calls = (self._range_call(key, handle, start, length, size) for start, length in ranges)
+                jobs = [self._pool.submit(self._unless_ended, call) for call in calls]
                 try:
                     buffer = memoryview(bytearray(_PIECE))
                     for job, (start, length) in zip(jobs, ranges, strict=True):
@@ -176,6 +174,11 @@ class S3Store:
         self._pool.shutdown()
         for client in self._clients:
             client.close()
+
+    def _unless_ended(self, call: Callable[[], None]) -> None:
+        """A part of a file; none is begun once a notice has ended the waiting for the whole."""
+        self._patience.check()
+        self._patience.run(call)
 
     # --- one request each ---
 

@@ -7,6 +7,7 @@ public prefixes of their issuers, so that a commit id or a file name is not take
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 _VALUE = re.compile(
     r"""
@@ -32,6 +33,9 @@ _KEY = re.compile(
 
 MASK = "[secret]"
 
+_SHORTEST = 8
+"""Characters of a variable's value; a shorter one would also be found inside words."""
+
 
 def has_secret(value: str) -> bool:
     """Whether the text holds something that looks like a credential."""
@@ -46,3 +50,11 @@ def names_secret(key: str) -> bool:
 def mask(text: str) -> str:
     """The text with every credential replaced."""
     return _VALUE.sub(MASK, text)
+
+
+def without_secrets(text: str, environ: Mapping[str, str]) -> str:
+    """The text without what looks like a credential, and without the values of variables that are one."""
+    for name, value in environ.items():
+        if (names_secret(name) or name.upper().endswith(("TOKEN", "KEY"))) and len(value) >= _SHORTEST:
+            text = text.replace(value, MASK)
+    return mask(text)

@@ -143,7 +143,7 @@ def text(place: str, here: Standing) -> str:
     """For people."""
     lines = [place, f"  {_WORDS[here.state]}{_more(here)}"]
     if here.error:
-        lines.append(f"  ended with {_known(here.exit_code)}: {_line(here.error)}")
+        lines.append(f"  ended with {_known(here.exit_code)}: {_line(str(here.error))}")
     lines.append(f"  step {_known(here.step)} of {_known(here.steps)}{_loss(here)}{_eta(here)}")
     if here.checkpoint is None:
         lines.append("  no checkpoint is committed")
@@ -156,13 +156,13 @@ def text(place: str, here: Standing) -> str:
         kinds = f" ({here.noticed} after a notice, {here.lost} without)" if here.preemptions else ""
         lines.append(f"  attempts {here.attempts}, preemptions survived {here.preemptions}{kinds}")
     lines += [
-        f"    attempt {one['attempt']} from step {one['step']}: {_line(str(one['reason']))}"
+        f"    attempt {one.get('attempt')} from step {one.get('step')}: {_line(str(one.get('reason')))}"
         for one in here.restarts[-3:]
     ]
     if here.events:
         lines.append("  last events:")
         lines += [f"    {_clock(event)}  {_line(_words(event))}" for event in here.events]
-    return "\n".join(lines)
+    return printable("\n".join(lines))
 
 
 def _more(here: Standing) -> str:
@@ -197,7 +197,10 @@ def _clock(event: Event) -> str:
     at = event.get("time")
     if not isinstance(at, int | float):
         return "?"
-    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(at))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(at))
+    except (ValueError, OverflowError, OSError):  # what a machine wrote whose clock was none
+        return "?"
 
 
 def _words(event: Event) -> str:

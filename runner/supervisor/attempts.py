@@ -175,11 +175,10 @@ class Attempts:
                 self._pace.committed(entry, seconds)
                 self._team.progress(entry.step)
             if (advice := self._notices.advice()) is not None:
-                self._journal.say({"event": "advice", "reason": advice})
                 self._director.save(advice)
             if self.seen.phase == "wait" and nothing_to_come and self._pace.behind:
                 return "the checkpoint that it waits for was damaged before it was sent"
-            return self._team.look() or self._director.look()
+            return self._team.look() or self._director.look(self._notices.left)
 
         ended = attempt.run(
             plan,

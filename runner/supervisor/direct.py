@@ -6,8 +6,8 @@ further behind than max_loss      -         -                    wait, until it 
 -                                 yes       enough, or unknown   stop: save, and end
 -                                 yes       too little to save   ended; what is under way is committed
 
-An advice asks for one save more, and changes nothing else. The time left is what RUNNER_GRACE_SECONDS and the
-notice say, the shorter of both.
+An advice asks for one save more, and changes nothing else; several within `APART` are one. The time left is
+what RUNNER_GRACE_SECONDS and the notice say, the shorter of both; a later notice can only shorten it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ GRACE = "RUNNER_GRACE_SECONDS"
 
 MARGIN = 1.0
 """Seconds of the grace period that are left for the end of this process."""
+
+APART = 60.0
+"""Seconds from an advice until the next one counts: all machines of a run may get the same, and of a service
+that says it in other words each time a run would do nothing but save."""
 
 CHANGE = 1.25
 """The interval between saves is told again when it has changed by this factor."""
@@ -73,6 +77,7 @@ class Director:
         self._folder: Path | None = None
         self._asked = Request()
         self._said_slow = False
+        self._advised: float | None = None
         self.deadline: float | None = None
         """On the monotonic clock, when the store has to have everything; None: no notice, or nobody knows."""
 
@@ -84,7 +89,10 @@ class Director:
 
     def save(self, reason: str) -> None:
         """Answer an advice: one save more, at the next step's end."""
-        if self._asked.action != "stop":
+        early = self._advised is not None and self._clock() - self._advised < APART
+        if self._asked.action != "stop" and not early:
+            self._advised = self._clock()
+            self._journal.say({"event": "advice", "reason": reason})
             self._journal.line(f"{reason}: saving now, and going on")
             self._ask(replace(self._asked, saves=self._asked.saves + 1))
 
@@ -107,9 +115,16 @@ class Director:
         self._ask(Request("stop", reason))
         return False
 
-    def look(self) -> str | None:
-        """Ask for what is right by now; returns why the trainer has to be ended, if it has."""
+    def look(self, left: float | None = None) -> str | None:
+        """Ask for what is right by now; returns why the trainer has to be ended, if it has.
+
+        Args:
+            left: seconds until the machine is gone, as all notices say.
+        """
         if self._asked.action == "stop":
+            if left is not None:
+                until = self._clock() + left - MARGIN
+                self.deadline = until if self.deadline is None else min(until, self.deadline)
             late = self.deadline is not None and self._clock() >= self.deadline - self._pace.commit_seconds
             return "the grace period leaves no time to save" if late else None
         if not self._said_slow and (slow := self._pace.too_slow()) is not None:

@@ -25,6 +25,7 @@ from runner.checkpoint.place import run_place
 from runner.durable import disk, write_json
 from runner.errors import DataError, JobError, Preempted, Problem, RunnerError
 from runner.events import Event
+from runner.health import Heart
 from runner.manifest import Job
 from runner.plan import Plan, geometry
 from runner.settings import Resolved
@@ -68,7 +69,12 @@ def evaluate(
     whole = folder.path / WHOLE
     if adapter is None and job.lora is None and whole.is_dir():
         label = WHOLE
-    with folder.locked(), Notices() as notices, contextlib.closing(Screen()) as screen:
+    with (
+        folder.locked(),
+        Heart(folder.path) as heart,
+        Notices(beat=heart.beat) as notices,
+        contextlib.closing(Screen()) as screen,
+    ):
         stored = identity.read(folder.identity)
         if stored is not None and path == folder.adapter:
             # Other rows and other limits are welcome here; another base model is not.

@@ -1,10 +1,12 @@
 """What happens, told once: to events.jsonl at once and from any thread, to the run's record, to the screen.
 
-Only the thread that watches the trainer draws; what other threads say waits until it looks.
+Only the thread that watches the trainer draws; what other threads say waits until it looks. What libraries
+wrote, as the last line of a log, may hold a credential: no words are kept or drawn with one.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -16,8 +18,12 @@ from pydantic import ValidationError
 from runner import events
 from runner.errors import DataError
 from runner.events import Event, EventLog
+from runner.job.secrets import without_secrets
 from runner.supervisor.progress import Screen
 from runner.supervisor.result import Record
+
+_WORDS = ("reason", "message", "error", "text")
+"""Fields of events that somebody wrote for people."""
 
 
 class Journal:
@@ -77,6 +83,8 @@ class Journal:
 
     def say(self, event: Mapping[str, Any]) -> None:
         """Tell what happened."""
+        said = {key: event[key] for key in _WORDS if isinstance(event.get(key), str)}
+        event = {**event, **{key: without_secrets(text, os.environ) for key, text in said.items()}}
         with self._lock:
             written = self._log.write(event)
             self.record.note(written)
@@ -95,7 +103,7 @@ class Journal:
     def line(self, text: str) -> None:
         """A line for the person alone; the watching thread's."""
         self.show()
-        self._screen.line(text)
+        self._screen.line(without_secrets(text, os.environ))
 
     def snapshot(self) -> dict[str, Any]:
         """The record as `HEAD` keeps it."""

@@ -59,8 +59,14 @@ class Now(BaseModel):
                 return self._with(steps=steps)
             case {"event": "phase", "phase": str(phase)}:
                 return self._with(phase=phase)
-            case {"event": "step", "step": int(step), "steps": int(steps)}:
-                return self._stepped(step, steps, event)
+            case {
+                "event": "step",
+                "step": int(step),
+                "steps": int(steps),
+                "loss": int() | float() as loss,
+                "seconds": int() | float() as seconds,
+            }:
+                return self._stepped(step, steps, loss, seconds)
             case {"event": "checkpoint", "id": str(id)}:
                 saved = {**self.saved, id: self.trained}
                 return self._with(saved=dict(list(saved.items())[-_SAVED:]))
@@ -72,8 +78,7 @@ class Now(BaseModel):
                 return self._with(phase=None)
         return self
 
-    def _stepped(self, step: int, steps: int, event: Event) -> Now:
-        loss, seconds = event["loss"], event["seconds"]
+    def _stepped(self, step: int, steps: int, loss: float, seconds: float) -> Now:
         losses = [*self.losses, (step, float(loss))] if math.isfinite(loss) else self.losses
         seconds = float(seconds) if math.isfinite(seconds) and seconds >= 0 else 0.0
         before = seconds if self.step_seconds is None else self.step_seconds

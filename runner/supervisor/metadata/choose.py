@@ -13,8 +13,8 @@
     auto, unset        anything else: a laptop, another cloud                 nobody
 
 AWS_EC2_METADATA_DISABLED=true is nobody instead of aws, as for every client of AWS. Where a service listens:
-AWS_EC2_METADATA_SERVICE_ENDPOINT, GCE_METADATA_HOST, AZURE_POD_IDENTITY_AUTHORITY_HOST, as for the vendors'
-own clients.
+AWS_EC2_METADATA_SERVICE_ENDPOINT or ..._MODE (IPv6), GCE_METADATA_HOST, AZURE_POD_IDENTITY_AUTHORITY_HOST, as
+for the vendors' own clients.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from runner.errors import JobError, Problem
-from runner.supervisor.metadata.sources import LINK_LOCAL, Aws, Azure, Gce, Source
+from runner.supervisor.metadata.sources import AWS_IPV6, LINK_LOCAL, Aws, Azure, Gce, Source
 
 VARIABLE = "RUNNER_METADATA"
 
@@ -46,7 +46,8 @@ def source(environ: Mapping[str, str], dmi: Path = DMI) -> Source | None:
     if name == "auto":
         name = guessed(environ, dmi) or "off"
     if name == "aws" and environ.get("AWS_EC2_METADATA_DISABLED", "").lower() != "true":
-        return Aws(environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or LINK_LOCAL)
+        six = environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT_MODE", "").lower() == "ipv6"
+        return Aws(environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or (AWS_IPV6 if six else LINK_LOCAL))
     if name == "gce":
         host = environ.get("GCE_METADATA_HOST")
         return Gce(f"http://{host}" if host else LINK_LOCAL)

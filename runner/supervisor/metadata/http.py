@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 from http.client import HTTPConnection, HTTPException
 from typing import TYPE_CHECKING
@@ -40,7 +42,8 @@ class Answer:
 def timestamp(text: str) -> float | None:
     """`Mon, 19 Sep 2026 18:29:47 GMT` as Unix seconds; None if it is something else."""
     try:
-        return parsedate_to_datetime(text).timestamp()
+        at = parsedate_to_datetime(text)
+        return (at.replace(tzinfo=UTC) if at.tzinfo is None else at).timestamp()
     except (ValueError, OverflowError):
         return None
 
@@ -56,18 +59,16 @@ def ask(method: str, endpoint: str, path: str, headers: Mapping[str, str], secon
     Raises:
         Unusable: nothing came in time, or no HTTP.
     """
-    connection = _Bounded(endpoint, seconds)
     try:
-        connection.request(method, path, headers={**headers, "Connection": "close"})
-        response = connection.getresponse()
-        text = response.read(_MOST).decode("utf-8", "replace")
+        with contextlib.closing(_Bounded(endpoint, seconds)) as connection:
+            connection.request(method, path, headers={**headers, "Connection": "close"})
+            response = connection.getresponse()
+            text = response.read(_MOST).decode("utf-8", "replace")
     except TimeoutError as error:
         raise Unusable(f"{endpoint}{path}: no answer within {seconds:g} s") from error
-    except (OSError, HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:  # also of an address that is none
         why = str(error) or type(error).__name__
         raise Unusable(f"{endpoint}{path}: {why[:200]}") from error
-    finally:
-        connection.close()
     return Answer(response.status, {name.lower(): value for name, value in response.getheaders()}, text)
 
 

@@ -18,6 +18,9 @@ from runner.supervisor.metadata.http import Answer, Unusable, ask, timestamp
 LINK_LOCAL = "http://169.254.169.254"
 """Where all three answer."""
 
+AWS_IPV6 = "http://[fd00:ec2::254]"
+"""The same on an instance without IPv4."""
+
 SECONDS = 2.0
 """That an answer may take."""
 
@@ -65,20 +68,22 @@ class Aws:
         self._token: str | None = None
 
     def look(self) -> list[Sign]:
-        signs = []
         if (found := self._get("spot/instance-action")) is not None:
             said = _document(found)
             action, at = said.get("action"), said.get("time")
             if action not in ("terminate", "stop", "hibernate"):
                 raise Unusable(f"spot/instance-action: action {str(action)[:80]!r} means nothing")
-            left = None if action == "hibernate" else _until(_utc(at), found)
-            signs.append(Sign("stop", f"{action} {at}", f"AWS takes this machine: {action} at {at}", left))
+            when, left = "", None
+            if (known := _utc(at)) is not None:
+                when, left = f" at {at}", None if action == "hibernate" else _until(known, found)
+            # At once: what the next question may run into must not hide it.
+            return [Sign("stop", f"{action}{when}", f"AWS takes this machine: {action}{when}", left)]
         if (found := self._get("events/recommendations/rebalance")) is not None:
             at = _document(found).get("noticeTime")
             if _utc(at) is None:
                 raise Unusable("events/recommendations/rebalance: it has no noticeTime")
-            signs.append(Sign("save", f"rebalance {at}", f"AWS may take this machine soon (rebalance, {at})"))
-        return signs
+            return [Sign("save", f"rebalance {at}", f"AWS may take this machine soon (rebalance, {at})")]
+        return []
 
     def _get(self, path: str) -> Answer | None:
         """What is there; None: nothing, which is the usual answer."""
@@ -123,24 +128,28 @@ class Gce:
             query = f"?wait_for_change=true&timeout_sec={self._wait}&last_etag={self._etag}"
         etag, self._etag = self._etag, None  # whatever goes wrong, the next question does not wait
         found = self._get(f"preempted{query}", SECONDS + (0 if etag is None else self._wait))
+        if found is None:
+            raise Unusable("instance/preempted: there is none")
         said = found.text.strip().upper()
         if said not in ("TRUE", "FALSE"):
             raise Unusable(f"instance/preempted: {said[:80]!r} is neither TRUE nor FALSE")
-        signs = [Sign("stop", "preempted", "Google takes this machine: preempted")] if said == "TRUE" else []
-        event = self._get("maintenance-event", SECONDS).text.strip()
-        if event == "TERMINATE_ON_HOST_MAINTENANCE":
-            signs.append(Sign("save", event, "Google stops this machine within the hour: host maintenance"))
+        if said == "TRUE":
+            return [Sign("stop", "preempted", "Google takes this machine: preempted")]
+        event = self._get("maintenance-event", SECONDS)
         new = found.headers.get("etag", "")
         self._etag = new if new.isalnum() else None
-        return signs
+        said = "" if event is None else event.text.strip()
+        if said == "TERMINATE_ON_HOST_MAINTENANCE":
+            return [Sign("save", said, "Google stops this machine within the hour: host maintenance")]
+        return []
 
-    def _get(self, path: str, seconds: float) -> Answer:
+    def _get(self, path: str, seconds: float) -> Answer | None:
+        """What is there; None: nothing."""
         found = ask("GET", self._endpoint, f"/computeMetadata/v1/instance/{path}", self._HEADERS, seconds)
-        if found.status != 200:
-            raise Unusable(f"instance/{path.partition('?')[0]}: status {found.status}")
-        if found.headers.get("metadata-flavor") != "Google":
+        answer = _answered(found, f"instance/{path.partition('?')[0]}")
+        if answer is not None and answer.headers.get("metadata-flavor") != "Google":
             raise Unusable("what answers is not Google's metadata server")
-        return found
+        return answer
 
 
 class Azure:
@@ -168,11 +177,13 @@ class Azure:
         if found is None or not isinstance(events, list):
             raise Unusable("scheduledevents: there is no list of events")
         self._answered = True
-        return [sign for event in events if (sign := self._sign(event, found)) is not None]
-
-    def _sign(self, event: Any, found: Answer) -> Sign | None:
-        if not isinstance(event, dict) or not isinstance(event.get("Resources"), list):
+        known = [one for one in events if isinstance(one, dict) and isinstance(one.get("Resources"), list)]
+        signs = [sign for event in known if (sign := self._sign(event, found)) is not None]
+        if not signs and len(known) < len(events):
             raise Unusable("scheduledevents: an event is no event")
+        return signs
+
+    def _sign(self, event: Mapping[str, Any], found: Answer) -> Sign | None:
         if self._machine not in event["Resources"] or event.get("EventStatus") == "Completed":
             return None
         kind, id = event.get("EventType"), str(event.get("EventId"))
@@ -213,9 +224,12 @@ def _document(found: Answer) -> Mapping[str, Any]:
 
 def _utc(text: Any) -> float | None:
     """`2026-09-18T08:22:00Z` as Unix seconds; None if it is something else."""
+    # It is shown and kept: `fromisoformat` alone takes any character for the T.
+    if not isinstance(text, str) or not re.fullmatch(r"[0-9-]+T[0-9:.]+Z", text):
+        return None
     try:
-        return datetime.fromisoformat(text).timestamp() if text.endswith("Z") else None
-    except (AttributeError, TypeError, ValueError, OverflowError):
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
         return None
 
 

@@ -24,6 +24,9 @@ FAILURES = 3
 LONGEST = 60.0
 """Seconds between two questions to a service that does not answer."""
 
+_DOUBLINGS = 10
+"""From any pause to far above `LONGEST`; a day of failures would be a number that is none."""
+
 
 class Watch:
     """A thread that asks, as long as the context lasts.
@@ -64,7 +67,7 @@ class Watch:
             except Unusable as error:
                 signs = []
                 failures += 1
-                pause = min(LONGEST, pause * 2**failures)
+                pause = min(LONGEST, pause * 2 ** min(failures, _DOUBLINGS))
                 if failures == FAILURES and not said:
                     said = True
                     self._tell(self._say, _unusable(source, str(error)))
