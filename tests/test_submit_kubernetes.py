@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from runner import cli
-from runner.cluster import act, kubectl, kubernetes
+from runner.cluster import act, following, kubectl, kubernetes
 from runner.cluster.refusals import reason_of
 from runner.targets import render, submission
 from tests import fake_cluster as fake
@@ -436,8 +436,8 @@ def test_watch_waits_for_a_silent_cluster(
     cluster.plan(fake.running(), fake.ended(0))
     cluster.faults = {6: "503", 7: "503"}
     code, out, _ = run(capsys, "submit", job, "--watch")
-    assert code == 0 and out.count("the cluster does not answer") == 1 and out.endswith(": done\n")
-    monkeypatch.setattr(kubernetes, "PATIENCE", 0.0)
+    assert code == 0 and out.count("there is no answer") == 1 and out.endswith(": done\n")
+    monkeypatch.setattr(following, "PATIENCE", 0.0)
     cluster.objects.clear()
     cluster.faults = dict.fromkeys(range(len(cluster.requests) + 6, 100), "503")
     code, _, err = run(capsys, "submit", job, "--watch")

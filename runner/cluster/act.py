@@ -16,7 +16,9 @@ from pathlib import Path
 
 from runner.cluster import aws_batch, batch_jobs, jobs, kubernetes
 from runner.cluster.batch import Batch
+from runner.cluster.following import follow
 from runner.cluster.kubectl import Kubectl
+from runner.cluster.waiting import State
 from runner.command import complain, say
 from runner.errors import JobError, Problem, UsageError
 from runner.job.yaml_source import MAX_CHARACTERS
@@ -55,7 +57,9 @@ def submit(resolved: Resolved, target: str, context: str | None, watch: bool) ->
         cancels = f"runner cancel {made['metadata']['name']}{cluster.options}"
         follows = f"runner logs {made['metadata']['name']} --follow{cluster.options}"
         say(f"submitted {one.name} to {cluster.where}\n  {follows}\n  {cancels}")
-        return _watched(cancels, lambda: kubernetes.follow(cluster, one.name, say)) if watch else 0
+        if not watch:
+            return 0
+        return _watched(one.name, lambda: kubernetes.look(cluster, one.name), kubernetes.PAUSE, cancels)
     batch = _batch(resolved.job)
     try:
         identity = batch_jobs.make(
@@ -67,7 +71,9 @@ def submit(resolved: Resolved, target: str, context: str | None, watch: bool) ->
         cancels = f"{where}runner cancel {identity}"
         follows = f"{where}runner logs {identity} --follow"
         say(f"submitted {one.name} to queue {queue}: {identity}\n  {follows}\n  {cancels}")
-        return _watched(cancels, lambda: aws_batch.follow(batch, identity, say)) if watch else 0
+        if not watch:
+            return 0
+        return _watched(identity, lambda: aws_batch.look(batch, identity), aws_batch.PAUSE, cancels)
     finally:
         batch.close()
 
@@ -195,9 +201,9 @@ def _for_the_store(one: Submission) -> str:
     return one.text if len(one.text) <= MAX_CHARACTERS else one.inline
 
 
-def _watched(cancels: str, follow: Callable[[], int]) -> int:
+def _watched(name: str, look: Callable[[], State], pause: float, cancels: str) -> int:
     try:
-        return follow()
+        return follow(name, look, pause, say)
     except KeyboardInterrupt:
         complain(f"the job itself goes on; {cancels} ends it")
         raise

@@ -1,8 +1,4 @@
-"""A run on AWS Batch: look at it, follow it to its end, read its log, end it.
-
-As on Kubernetes (`runner.cluster.kubernetes`): following asks again every few seconds, says what has changed,
-and waits for a service that does not answer.
-"""
+"""A run on AWS Batch: look at it, read its log, end it."""
 
 from __future__ import annotations
 
@@ -14,13 +10,10 @@ from typing import Any
 from runner.cluster.batch import ALIVE, Batch
 from runner.cluster.batch_jobs import alive, submissions
 from runner.cluster.waiting import Phase, State
-from runner.errors import RunnerError, StorageError, UsageError
+from runner.errors import UsageError
 
 PAUSE = 10.0
 """Seconds between two looks."""
-
-PATIENCE = 300.0
-"""Seconds that a silent service is waited for."""
 
 _IDENTITY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
@@ -78,31 +71,6 @@ _USUAL = {
     "instance types of the compute environment",
     "STARTING": "a machine is there; the image is pulled",
 }
-
-
-def follow(batch: Batch, identity: str, say: Say) -> int:
-    """Say what a job does until it has ended. Returns the exit code of its run."""
-    last, silent = "", 0.0
-    while True:
-        try:
-            now = look(batch, identity)
-            silent = 0.0
-        except StorageError as error:
-            if silent >= PATIENCE:
-                raise StorageError(f"{error}; the job itself goes on") from error
-            silent += PAUSE
-            now = State(Phase.PENDING, f"Batch does not answer: {str(error).splitlines()[0]}")
-        if now.words != last:
-            say(f"{identity}: {now.words}")
-            last = now.words
-        match now.phase:
-            case Phase.DONE:
-                return 0
-            case Phase.FAILED:
-                return now.code
-            case Phase.GONE:
-                return RunnerError.exit_code
-        time.sleep(PAUSE)
 
 
 def logs(batch: Batch, identity: str, again: bool) -> Iterator[str]:

@@ -1,8 +1,4 @@
-"""A run on a cluster: look at it, follow it to its end, read its log, end it.
-
-`look` asks, `runner.cluster.waiting` judges. Following asks again every few seconds and says what has
-changed; a cluster that does not answer is waited for, because the job goes on without whoever watches.
-"""
+"""A run on a cluster: look at it, read its log, end it. `look` asks, `runner.cluster.waiting` judges."""
 
 from __future__ import annotations
 
@@ -14,13 +10,10 @@ from typing import Any
 from runner.cluster.jobs import alive, submissions
 from runner.cluster.kubectl import Kubectl
 from runner.cluster.waiting import INDEX, Phase, Seen, State, finished, over, state
-from runner.errors import AccessDenied, RunnerError, StorageError, UsageError
+from runner.errors import AccessDenied, UsageError
 
 PAUSE = 5.0
 """Seconds between two looks."""
-
-PATIENCE = 300.0
-"""Seconds that a silent cluster is waited for."""
 
 JOB_NAME = "batch.kubernetes.io/job-name"
 _KUEUE = "/apis/kueue.x-k8s.io"
@@ -43,36 +36,6 @@ def look(kubectl: Kubectl, name: str) -> State:
     about = [pod for pod in pods if not over(pod)] or [job]
     events = [event for document in about for event in _events(kubectl, document)]
     return state(Seen(job, pods, events, _workload(kubectl, job)), now)
-
-
-def follow(kubectl: Kubectl, name: str, say: Say) -> int:
-    """Say what a submission does until it has ended. Returns the exit code of its run.
-
-    Raises:
-        RunnerError: the cluster was silent for too long, or does not let us look any more.
-    """
-    last, silent = "", 0.0
-    while True:
-        try:
-            now = look(kubectl, name)
-            silent = 0.0
-        except StorageError as error:
-            if silent >= PATIENCE:
-                raise StorageError(f"{error}; {name} itself goes on") from error
-            silent += PAUSE
-            now = State(Phase.PENDING, f"the cluster does not answer: {str(error).splitlines()[0]}")
-        if now.words != last:
-            say(f"{name}: {now.words}")
-            last = now.words
-        match now.phase:
-            case Phase.DONE:
-                return 0
-            case Phase.FAILED:
-                return now.code
-            case Phase.GONE:
-                say(f"{name}: what was committed stays; submit again to go on")
-                return RunnerError.exit_code
-        time.sleep(PAUSE)
 
 
 def named(kubectl: Kubectl, name: str) -> list[Json]:
