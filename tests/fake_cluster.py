@@ -17,7 +17,6 @@ does not exist. A Job makes pods and lives through the stages of `plan`, one wit
 from __future__ import annotations
 
 import base64
-import contextlib
 import copy
 import functools
 import json
@@ -28,17 +27,18 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from ipaddress import IPv4Address
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+
+from tests.loopback import Loopback
 
 TOKEN = "token-of-the-tests"
 
@@ -111,10 +111,11 @@ Stage = Callable[["FakeCluster", Object], None]
 """What a Job and its pods become; see the functions at the end."""
 
 
-class FakeCluster:
+class FakeCluster(Loopback):
     """The server, from `with` on."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.objects: dict[Key, Object] = {}
         self.requests: list[Request] = []
         self.namespaces = {"default", "team"}
@@ -137,25 +138,6 @@ class FakeCluster:
         self._stages: list[Stage] = []
         self._count = 0
         self._lock = threading.RLock()
-        cluster = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_one_request(self) -> None:
-                with contextlib.suppress(ConnectionError):
-                    super().handle_one_request()
-
-            def do_any(self) -> None:
-                cluster._serve(self)
-
-            do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do_any  # noqa: N815
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
         certificate, pem = _certified()
         self._authority = base64.b64encode(certificate).decode()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -167,17 +149,7 @@ class FakeCluster:
         self._server.socket = context.wrap_socket(
             self._server.socket, server_side=True, do_handshake_on_connect=False
         )
-        self.url = f"https://127.0.0.1:{self._server.server_address[1]}"
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.url = f"https://127.0.0.1:{self.port}"
 
     def kubeconfig(self, path: Path, token: str = TOKEN) -> str:
         """Write a kubeconfig: contexts `fake` (namespace team), `gone` (nobody listens) and `other`."""

@@ -25,9 +25,9 @@ import threading
 import time
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException, HTTPResponse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import TracebackType
-from typing import Self
+from http.server import BaseHTTPRequestHandler
+
+from tests.loopback import Loopback
 
 CODES = {409: "ConditionalRequestConflict", 412: "PreconditionFailed", 500: "InternalError", 503: "SlowDown"}
 
@@ -48,10 +48,11 @@ class Fault:
     met: int = 0
 
 
-class FaultProxy:
+class FaultProxy(Loopback):
     """The proxy, in threads of this process, on `port`."""
 
     def __init__(self, store: int) -> None:
+        super().__init__()
         self._store = store
         self._lock = threading.Lock()
         self._faults: list[Fault] = []
@@ -59,36 +60,6 @@ class FaultProxy:
         """Method, and path with query, as they came."""
         self.heads: list[bytes] = []
         """Bodies of the writes of a HEAD that the server accepted."""
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def handle_one_request(self) -> None:
-                with contextlib.suppress(ConnectionError):
-                    super().handle_one_request()
-
-            def do_any(self) -> None:
-                proxy._serve(self)
-
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = do_any  # noqa: N815
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.port = self._server.server_port
-
-    def __enter__(self) -> Self:
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._server.shutdown()
-        self._server.server_close()
 
     @property
     def url(self) -> str:

@@ -23,7 +23,7 @@ from runner.errors import DataError, RunnerError
 from runner.manifest import Job
 from runner.plan import Fetched, Plan
 from runner.supervisor.fetch import Answer, Request
-from runner.supervisor.follow import GroupEnd, follow, pause
+from runner.supervisor.follow import Follower, GroupEnd, pause
 from runner.supervisor.hello import Hello, job_hashes
 from runner.supervisor.link import Leader
 from runner.supervisor.notices import Notices
@@ -127,7 +127,7 @@ def follower(asked: dict[str, Any], say: Say) -> int:
         Uplink(hello(asked), "127.0.0.1", asked["port"], notices.wake, asked["patience"], PULSE) as uplink,
     ):
         say(begun=True)
-        return follow(
+        return Follower(
             asked["node"],
             uplink,
             notices,
@@ -135,7 +135,7 @@ def follower(asked: dict[str, Any], say: Say) -> int:
             fetched=fetcher(asked, say),
             run_group=rank(asked, notices, say),
             line=lambda text: say(line=text),
-        )
+        ).run()
 
 
 def forge(control: socket.socket) -> None:

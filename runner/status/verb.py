@@ -63,11 +63,12 @@ def status(arguments: argparse.Namespace) -> int:
 
 def _status(arguments: argparse.Namespace) -> int:
     store, submissions = place_of(arguments).store(), arguments.submissions
-    if submissions and store.read(HEAD) is None:
-        refuse_headless(store)
+    here = read(store)
+    if here is None and not submissions:
+        raise nothing(store)
+    if here is None:
         say("\n".join([store.place, "  nothing yet: no command has begun the run", *_indented(submissions)]))
         return 0
-    here = read(store)
     if arguments.json:
         say(json.dumps(document(store.place, here, submissions), indent=2))
     else:
@@ -105,15 +106,17 @@ def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
     return run_place(settings.uri, job.name, (Path("runs") / job.name).absolute()), job
 
 
-def read(store: Store) -> Standing:
-    """Where the run of a store stands. `HEAD` is read once: it moves while one looks.
+def read(store: Store) -> Standing | None:
+    """Where the run of a store stands; None: nobody has begun it.
+
+    `HEAD` is read once: it moves while one looks.
 
     Raises:
         DataError, AccessDenied, StorageError: as `status`.
     """
     if (held := store.read(HEAD)) is None:
         refuse_headless(store)
-        raise nothing(store)
+        return None
     head = decoded(store, held)
     newest = None if head.newest is None else store.read(head.newest.key)
     return standing(head, held.age, None if newest is None else newest.age, _events(store, head))

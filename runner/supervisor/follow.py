@@ -77,30 +77,6 @@ RunGroup = Callable[[Plan, Share, Look, Callable[[str], bool]], GroupEnd]
 """Takes `on_tick` and `on_notice` as `runner.supervisor.ranks.watch` does."""
 
 
-def follow(
-    node: int,
-    uplink: Uplink,
-    notices: Notices,
-    folder: RunFolder,
-    *,
-    fetched: Fetch,
-    run_group: RunGroup,
-    line: Callable[[str], None],
-) -> int:
-    """Follow node 0 to the end of the run. Returns 0: node 0 has committed `done`.
-
-    Args:
-        node: index of this one.
-        uplink: wakes `notices`.
-        folder: where this node keeps what it has; `nodes/<index>` of the run's.
-        line: takes a line for people.
-
-    Raises:
-        RunnerError: every other end, with the exit code of node 0 where it said one.
-    """
-    return _Node(node, uplink, notices, folder, fetched, run_group, line).run()
-
-
 def pause(notices: Notices) -> None:
     """Wait until something happens, or for `TICK`."""
     if select.select([notices.wakeup], [], [], TICK)[0]:
@@ -108,8 +84,15 @@ def pause(notices: Notices) -> None:
     notices.poll()
 
 
-class _Node:
-    """One command of a node that follows."""
+class Follower:
+    """One command of a node that follows.
+
+    Args:
+        node: index of this one.
+        uplink: wakes `notices`.
+        folder: where this node keeps what it has; `nodes/<index>` of the run's.
+        line: takes a line for people.
+    """
 
     def __init__(
         self,
@@ -117,6 +100,7 @@ class _Node:
         uplink: Uplink,
         notices: Notices,
         folder: RunFolder,
+        *,
         fetched: Fetch,
         run_group: RunGroup,
         line: Callable[[str], None],
@@ -142,6 +126,11 @@ class _Node:
         """How the command ends, once that is known."""
 
     def run(self) -> int:
+        """Follow node 0 to the end of the run. Returns 0: node 0 has committed `done`.
+
+        Raises:
+            RunnerError: every other end, with the exit code of node 0 where it said one.
+        """
         while self._end is None:
             if self._order is None:
                 pause(self._notices)

@@ -19,12 +19,9 @@ from __future__ import annotations
 import ipaddress
 import selectors
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from types import TracebackType
-from typing import Self
 
 from runner.errors import RunnerError
 from runner.supervisor.hello import Hello, Refusal, judged
@@ -36,9 +33,9 @@ from runner.supervisor.wire import (
     PULSE,
     Connection,
     Lost,
-    Mailbox,
     Message,
     Pulse,
+    Served,
 )
 
 STRANGERS = 32
@@ -66,8 +63,8 @@ class _Peer(Connection):
     """Whether it was told all that it will be."""
 
 
-class Leader:
-    """Node 0's side. A context; its end waits a little for the last words to arrive.
+class Leader(Served[Said]):
+    """Node 0's side.
 
     Args:
         hello: of node 0 itself.
@@ -79,30 +76,18 @@ class Leader:
     """
 
     def __init__(self, hello: Hello, port: int, wake: Callable[[], None], pulse: Pulse = PULSE) -> None:
+        self._listener = _listener(port)  # may be refused
+        super().__init__(wake, "nodes")
         self._hello = hello
         self._pulse = pulse
-        self._listener = _listener(port)
         self.port: int = self._listener.getsockname()[1]
         self.address: str | None = None
         """What the others reach this machine by; None before the first has joined."""
-        self._mail: Mailbox[Said] = Mailbox(wake)
         self._processes = {0: hello.processes}
         self._heard: list[Said] = []
         self._selector = selectors.DefaultSelector()
         self._peers: list[_Peer] = []
         self._told: set[tuple[str, str]] = set()
-        self._thread = threading.Thread(target=self._serve, name="nodes", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._mail.close()
-        self._thread.join()
-        self._mail.dispose()
 
     # --- for the supervisor's loop ---
 
@@ -137,10 +122,6 @@ class Leader:
                     "same command, and a way to that port"
                 )
             pause()
-
-    def send(self, message: Message) -> None:
-        """To every node that is here."""
-        self._mail.post(message)
 
     def received(self) -> list[Said]:
         """What was said since the last call, oldest first."""

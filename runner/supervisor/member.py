@@ -18,7 +18,7 @@ from runner.plan import Plan
 from runner.supervisor import attempt, fetch
 from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
-from runner.supervisor.follow import GroupEnd, Look, follow
+from runner.supervisor.follow import Follower, GroupEnd, Look
 from runner.supervisor.hello import Hello, job_hashes
 from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
@@ -87,7 +87,7 @@ def member(job: Job, run: Path, here: Topology, machine: Machine, trainer: Seque
                 outcome = Outcome(outcome=full.outcome, exit_code=full.exit_code, error=str(full))
             return GroupEnd(ended.reason, outcome)
 
-        return follow(
+        return Follower(
             here.index,
             uplink,
             notices,
@@ -95,4 +95,4 @@ def member(job: Job, run: Path, here: Topology, machine: Machine, trainer: Seque
             fetched=fetch_here,
             run_group=run_group,
             line=screen.line,
-        )
+        ).run()

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import select
 import socket
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from types import TracebackType
-from typing import Self
 
 from runner.supervisor.hello import Hello
-from runner.supervisor.wire import LINGER, PATIENCE, PULSE, Connection, Lost, Mailbox, Message, Pulse
+from runner.supervisor.wire import (
+    LINGER,
+    PATIENCE,
+    PULSE,
+    Connection,
+    Lost,
+    Message,
+    Pulse,
+    Served,
+)
 
 RETRY = 1.0
 """Seconds between two tries to connect."""
@@ -25,8 +31,8 @@ CONNECT = 5.0
 """Seconds that one of them may take."""
 
 
-class Uplink:
-    """This node's link to node 0. A context; its end waits a little for the last words to arrive.
+class Uplink(Served[Message]):
+    """This node's link to node 0.
 
     Args:
         hello: of this node.
@@ -44,32 +50,16 @@ class Uplink:
         patience: float = PATIENCE,
         pulse: Pulse = PULSE,
     ) -> None:
+        super().__init__(wake, "node 0")
         self._hello = hello
         self._place = (address, port)
         self._patience = patience
         self._pulse = pulse
-        self._mail: Mailbox[Message] = Mailbox(wake)
-        self._thread = threading.Thread(target=self._serve, name="node 0", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._mail.close()
-        self._thread.join()
-        self._mail.dispose()
 
     def __str__(self) -> str:
         return f"node 0 at {self._place[0]} port {self._place[1]}"
 
     # --- for the supervisor's loop ---
-
-    def send(self, message: Message) -> None:
-        """To node 0."""
-        self._mail.post(message)
 
     def received(self) -> list[Message]:
         """What was said since the last call, oldest first."""

@@ -29,11 +29,12 @@ import os
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import NoneType
-from typing import Any, Generic, TypeVar
+from types import NoneType, TracebackType
+from typing import Any, Generic, Self, TypeVar
 
 Message = dict[str, Any]
 
@@ -271,6 +272,39 @@ class Mailbox(Generic[Item]):
         with contextlib.suppress(BlockingIOError):
             os.read(self.waker, _PIECE)
         return _drained(self._to_thread)
+
+
+class Served(ABC, Generic[Item]):
+    """One side of a link: a mailbox, and the thread that serves its sockets. A context, whose end waits a
+    little for the last words to arrive.
+
+    Args:
+        wake: called when there is something new for the loop.
+        name: of the thread.
+    """
+
+    def __init__(self, wake: Callable[[], None], name: str) -> None:
+        self._mail: Mailbox[Item] = Mailbox(wake)
+        self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._mail.close()
+        self._thread.join()
+        self._mail.dispose()
+
+    def send(self, message: Message) -> None:
+        """To whoever is on the other side."""
+        self._mail.post(message)
+
+    @abstractmethod
+    def _serve(self) -> None:
+        """The thread."""
 
 
 def _drained(queue: deque[Item]) -> list[Item]:
