@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -520,6 +521,9 @@ def test_status_tells_of_submissions_and_does_without(
     code, out, _ = run(capsys, "status", job, here)
     assert code == 0 and "nothing yet: no command has begun the run" in out
     assert f"  {name} in namespace team, context fake: pod {name}-00000: no node takes it" in out
+    code, out, _ = run(capsys, "status", job, here, "--json")
+    said = json.loads(out)
+    assert code == 0 and said["state"] is None and name in said["submissions"][0]
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     code, out, _ = run(capsys, "status", job, here)
     assert code == 0 and "its submissions are not known: " in out

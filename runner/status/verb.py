@@ -66,6 +66,9 @@ def _status(arguments: argparse.Namespace) -> int:
     here = read(store)
     if here is None and not submissions:
         raise nothing(store)
+    if here is None and arguments.json:
+        say(json.dumps({"place": store.place, "state": None, "submissions": submissions}, indent=2))
+        return 0
     if here is None:
         say("\n".join([store.place, "  nothing yet: no command has begun the run", *_indented(submissions)]))
         return 0
