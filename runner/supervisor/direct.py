@@ -134,13 +134,14 @@ class Director:
         if self._pace.behind and self._asked.action == "go":
             at_risk = round(self._pace.at_risk, 1)
             reason = f"{at_risk} s of training are not in the store yet"
+            # asked first: who reads the event may count on the request being there
+            self._ask(replace(self._asked, action="wait", reason=reason, save_seconds=interval))
             self._journal.say({"event": "wait", "at_risk": at_risk})
             self._journal.line(f"training waits for the store: {reason}")
-            self._ask(replace(self._asked, action="wait", reason=reason, save_seconds=interval))
         elif not self._pace.behind and self._asked.action == "wait":
+            self._ask(replace(self._asked, action="go", reason="", save_seconds=interval))
             self._journal.say({"event": "go", "at_risk": round(self._pace.at_risk, 1)})
             self._journal.line("the store has caught up: training goes on")
-            self._ask(replace(self._asked, action="go", reason="", save_seconds=interval))
         elif max(interval, before) > CHANGE * min(interval, before):
             self._ask(replace(self._asked, save_seconds=interval))
         return None
