@@ -145,6 +145,13 @@ class Datasets(Section):
         default="error",
         description="What happens to a row without an image, with a corrupt one or no answer.",
     )
+    order: Literal["shuffled", "by_length", "by_image"] = Field(
+        default="shuffled",
+        description="In which order an epoch takes the training rows, the same on any machine. shuffled: one "
+        "permutation. by_length: rows of about equal length side by side, so that little is padded. "
+        "by_image: rows that show the same images side by side, so that `speed` can encode them once, and "
+        "those by length. The two make batches less mixed, so they are another training.",
+    )
     num_proc: Count | None = Field(default=None, description="Processes that prepare rows. Null: one.")
 
 
@@ -178,6 +185,27 @@ class Training(BaseModel):
     def options(self) -> dict[str, Any]:
         """The keys that pass through to trl.SFTConfig or trl.DPOConfig."""
         return dict(self.model_extra or {})
+
+
+class Speed(Section):
+    """Work that a step need not do. The losses are those of the plain way, to the rounding of the dtype;
+    where that is not so the plain way is taken, and `plan` says why."""
+
+    encode_once: bool = Field(
+        default=True,
+        description="Images that several rows of a micro-batch show, or both answers of a pair and their "
+        "reference, go through the vision tower once.",
+    )
+    share_prompt: bool = Field(
+        default=True,
+        description="Both answers of a pair, or the rows of a micro-batch that show the same images, follow "
+        "one copy of what they begin with, in one sequence with a mask that keeps them apart.",
+    )
+    cache_reference: bool = Field(
+        default=True,
+        description="dpo: the reference's log-probabilities of a pair are computed once, and kept with the "
+        "run's checkpoints and in this machine's cache.",
+    )
 
 
 class Evaluation(Section):
@@ -316,6 +344,7 @@ class Job(Section):
     datasets: Datasets
     training: Training = Training()
     evaluation: Evaluation | None = Field(default=None, description="Null: no evaluation by generation.")
+    speed: Speed = Field(default=Speed(), description="All on: the same losses for less work.")
     launch: Launch = Launch()
     checkpoints: Checkpoints = Checkpoints()
     resources: Resources = Field(

@@ -75,7 +75,7 @@ def test_six_mistakes_are_six_problems_with_line_and_remedy() -> None:
         ("output_dir", "name"),
         ("training.logging_dir", "name"),
         ("training.overwrite_output_dir", "name"),
-        ("training.group_by_length", "seed"),
+        ("training.group_by_length", "datasets.order"),
         ("training.evaluation_strategy", "training.eval_strategy"),
         ("tokenizer", "model.processor"),
         ("freeze_vision_tower", "model.freeze"),

@@ -128,7 +128,7 @@ FOREIGN: dict[str, Answer] = {
     "warmup_ratio": Answer("training.warmup_steps", "a value below 1 is a share of all steps; " + _GONE),
     "evaluation_strategy": Answer("training.eval_strategy", "renamed in transformers"),
     "enable_gradient_checkpointing": Answer("training.gradient_checkpointing"),
-    "group_by_length": Answer("seed", "the order of samples is the runner's"),
+    "group_by_length": Answer("datasets.order", "by_length puts rows of about equal length side by side"),
     "neftune_alpha": Answer("training.neftune_noise_alpha"),
     "gradient_clipping": Answer("training.max_grad_norm"),
     "trainer_kwargs": Answer("training"),

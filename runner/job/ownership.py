@@ -86,7 +86,7 @@ TRAINING: dict[str, Owned] = {
     "ddp_timeout": Owned(_LAUNCH, "launch.strategy"),
     "dataloader_drop_last": Owned(f"{_ORDER}; an epoch is padded to whole global batches"),
     "dataloader_in_order": Owned(_ORDER),
-    "train_sampling_strategy": Owned(_ORDER, "seed"),
+    "train_sampling_strategy": Owned(_ORDER, "datasets.order"),
     "length_column_name": Owned(_ORDER),
     "shuffle_dataset": Owned(_ORDER, "seed"),
     "remove_unused_columns": Owned("the collator needs the image and label columns", "datasets.train"),
@@ -103,7 +103,8 @@ TRAINING: dict[str, Owned] = {
     "assistant_only_loss": Owned(_LABELS),
     "model_init_kwargs": Owned("the runner loads the model", "model"),
     "precompute_ref_log_probs": Owned(
-        "upstream refuses it for rows with images; the reference is the disabled adapter, not a second model"
+        "upstream refuses it for rows with images; the runner keeps what it has computed once",
+        "speed.cache_reference",
     ),
     "precompute_ref_batch_size": Owned("it goes with precompute_ref_log_probs"),
     "sync_ref_model": Owned(

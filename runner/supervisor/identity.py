@@ -7,8 +7,8 @@ Everything in a job defines the run, but for two groups of keys:
     may change, nothing follows         checkpoints, datasets.num_proc, evaluation.steps,
                                         training.logging_* and the like; resources, kubernetes, aws_batch,
                                         gcp_batch (`FREE`)
-    may change, bits may differ         launch, training.per_device_train_batch_size, evaluation.batch_size,
-    (samples and global batch do not)   training.dataloader_* (`SAID`): announced
+    may change, bits may differ         launch, speed, training.per_device_train_batch_size,
+    (samples and global batch do not)   evaluation.batch_size, training.dataloader_* (`SAID`): announced
 
 Where the loss sorts a micro-batch (`runner.manifest.SORTING`), the per-device size defines the run, too.
 The rest of `evaluation` defines, because "before" and "after" must mean the same. Commits of hub repositories
@@ -51,6 +51,7 @@ FREE = (
 PER_DEVICE = "training.per_device_train_batch_size"
 SAID = (
     "launch.*",
+    "speed.*",
     PER_DEVICE,
     "training.dataloader_*",
     "evaluation.batch_size",

@@ -45,6 +45,8 @@ class Candidate:
     """Height and width of its images in pixels."""
     digest: str
     """Hashes of its text and its images."""
+    pictures: str = ""
+    """Hash of the images that it shows, in their order; rows of one hash show the same."""
     tokens: int = 0
     scale: float = 1.0
     """Factor that its images are shrunk by."""

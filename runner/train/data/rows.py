@@ -61,6 +61,8 @@ _EXTRAS = Features(
         "tokens": Value("int32"),
         "scale": Value("float64"),
         "pixels": Value("int64"),
+        "pictures": _TEXT,
+        "digest": _TEXT,
     }
 )
 
@@ -86,6 +88,8 @@ class Rows:
                       longer sequence
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
         pixels        of all images that it shows, before the processor
+        pictures      SHA-256 of the images that it shows, as they are shown; equal where the images are
+        digest        SHA-256 of all that it says and shows
     """
     form: Form
     skipped: tuple[tuple[str, str], ...]
@@ -260,6 +264,7 @@ def _candidates(
                     notes=tuple(seen["notes"]),
                     sizes=() if problem else tuple(sizes[image] for image in orders[row]),
                     digest=f"{said['digest'][row]} {seen['digest']}",
+                    pictures=f"{seen['digest']} {orders[row]}",
                 )
             )
         start += len(text)
@@ -275,17 +280,25 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         "tokens": [0] * len(joined),
         "scale": [1.0] * len(joined),
         "pixels": [0] * len(joined),
+        "pictures": [None] * len(joined),
+        "digest": [None] * len(joined),
     }
     for index, row in enumerate(kept):
         extras["row"][row.position] = row.name
         extras["index"][row.position] = index
         extras["tokens"][row.position] = row.tokens
         extras["scale"][row.position] = row.scale
+        extras["pictures"][row.position] = _hash(f"{row.pictures} {row.scale!r}")
+        extras["digest"][row.position] = _hash(f"{row.digest} {row.pictures} {row.scale!r}")
         sizes = [images.scaled(*size, row.scale) for size in row.sizes]
         extras["pixels"][row.position] = sum(height * width for height, width in sizes)
     table = pa.Table.from_pydict(extras, schema=_EXTRAS.arrow_schema)
     beside = Dataset(table, info=DatasetInfo(features=_EXTRAS), fingerprint="extras")
     return concatenate_datasets([joined, beside], axis=1).select([row.position for row in kept])
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _fingerprint(kept: Sequence[Candidate], form: Form) -> str:
