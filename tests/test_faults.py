@@ -228,3 +228,12 @@ def test_object_that_the_server_stored_wrong_costs_the_way_to_the_one_before(
     assert "Going back to checkpoint 00000002-000001-0001, step 2" in output
     assert len(world.head().bad) == 1
     nothing_lost(world, undisturbed)
+
+
+def test_identity_that_the_server_stored_wrong_is_known_before_the_first_step(world: World) -> None:
+    """It is written once and nothing can replace it: later the checkpoints would belong to nothing."""
+    rot = world.proxy.fail("PUT", r"/run\.json", "rot")
+    code, output = world.first.train(before=brisk)
+    assert (rot.met, code) == (1, 65), output
+    assert "run.json: cannot be read as the identity of a run" in output
+    assert world.first.said("attempt") == [] and world.head().newest is None

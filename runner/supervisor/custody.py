@@ -274,11 +274,11 @@ class Custody:
         if self.newest is not None:
             raise self._unidentified()
         data = identity.encode(new)
-        if not self._call(lambda: self._holding.store.create(IDENTITY, data)):
-            found = self.identity()
-            assert found is not None
-            return found
-        return new
+        self._call(lambda: self._holding.store.create(IDENTITY, data))
+        # Read back: nothing replaces it, and what a store kept wrong is better known before the first step.
+        found = self.identity()
+        assert found is not None
+        return found
 
     def _unidentified(self) -> DataError:
         return DataError(
