@@ -79,6 +79,9 @@ class Plan(BaseModel):
     reference: Path | None = None
     """For `evaluate` of method dpo: predictions of the model before training, which rewards are measured
     against; null reports none."""
+    references: Path | None = None
+    """Under method dpo: the file of this machine's cache that holds reference log-probabilities; null keeps
+    none."""
     save_seconds: float
     """A checkpoint is saved when this much training time has passed since the last one."""
 

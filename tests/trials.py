@@ -32,6 +32,7 @@ from runner.train.channel import Channel
 from runner.train.inspect import inspect
 from runner.train.models import model as models
 from runner.train.models.architectures import parts
+from runner.train.savings import savings
 from tests.tiny_models import save
 
 SIZES = [(40, 40), (60, 30), (30, 60), (56, 44)]
@@ -159,7 +160,7 @@ def collated(job: Job, fetched: Fetched) -> list[dict[str, int]]:
     """Of every training row: its tokens as a batch of one has them, and those of them that hold an image."""
     processor = models.load_processor(job, fetched.model)
     rows = preparation.train_rows(job, fetched.train, processor, preparation.token_limit(job, fetched.model))
-    collate = preparation.collator(job, processor, rows)
+    collate = preparation.collator(job, processor, rows, savings(job, rows, fetched.model))
     found = []
     for row in rows.dataset:
         ids = collate([row])["input_ids"]

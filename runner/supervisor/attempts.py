@@ -25,12 +25,14 @@ from runner.supervisor.batch import Batch
 from runner.supervisor.choice import capacity, chosen
 from runner.supervisor.custody import Custody
 from runner.supervisor.direct import Director
+from runner.supervisor.fetch import cache_folder
 from runner.supervisor.follow import pause
 from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
 from runner.supervisor.notices import Notices
 from runner.supervisor.pace import Pace
 from runner.supervisor.progress import Screen
+from runner.supervisor.references import references_file
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
 from runner.supervisor.team import Team
@@ -147,7 +149,7 @@ class Attempts:
             raise Preempted(self._stopped("before a trainer was started", custody))
         self._folder.sweep()
         restore = custody.restore()
-        plan = self._planned(sources, restore, custody)
+        plan = self._planned(sources, identity, restore, custody)
         self._journal.begin_attempt(plan.attempt)
         self._say_start(plan, restore, restart)
         custody.renew()  # the attempt's number and its cut are known before it can take the machine down
@@ -214,7 +216,9 @@ class Attempts:
         if self._notices.first is not None:
             raise Preempted(self._stopped("before a trainer was started", custody))
 
-    def _planned(self, sources: Fetched, restore: Sealed | None, custody: Custody) -> Plan:
+    def _planned(
+        self, sources: Fetched, identity: Identity, restore: Sealed | None, custody: Custody
+    ) -> Plan:
         number, folder = attempt.new_folder(self._folder.attempts, self._journal.record.attempts)
         self.seen = Seen()
         self._cut, probe = self._batch.start(None if restore is None else restore.extra.get("batch"))
@@ -230,6 +234,7 @@ class Attempts:
             probe=probe,
             fetched=sources,
             restore=None if restore is None else restore.folder,
+            references=references_file(self._job, sources, identity, cache_folder(os.environ)),
             save_seconds=self._pace.save_seconds,
         )
         with disk("write the plan", self._folder.plan):

@@ -31,6 +31,7 @@ from runner.train.data.rows import Rows
 from runner.train.data.sources import open_source
 from runner.train.models import model as models
 from runner.train.models import on_meta
+from runner.train.savings import savings
 
 _NEEDS = "it needs the processor and every source"
 
@@ -91,7 +92,8 @@ class _Inspection:
         def prepare() -> tuple[Rows, Collator, DataFacts]:
             limit = preparation.token_limit(job, folder)
             rows = preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
-            collator = preparation.collator(job, processor, rows)
+            applied = savings(job, rows, folder)
+            collator = preparation.collator(job, processor, rows, applied)
             everything = len(rows.dataset) + len(rows.skipped) == total
             vision = models.load_config(folder).vision_config
             return rows, collator, measure(rows, collator, vision, len(rows.dataset) if everything else total)

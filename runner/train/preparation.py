@@ -10,6 +10,7 @@ from runner.manifest import Job
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows, load
 from runner.train.models import model as models
+from runner.train.savings import Savings
 
 
 def token_limit(job: Job, folder: str) -> int:
@@ -50,6 +51,17 @@ def eval_rows(
     return load(job.datasets.eval, locations, job.datasets, job.seed, processor, limit, "eval", few)
 
 
-def collator(job: Job, processor: ProcessorMixin, rows: Rows) -> Collator:
-    """What makes batches of the rows for the job's model."""
-    return Collator(processor, rows.form, models.DTYPES[job.model.dtype])
+def collator(job: Job, processor: ProcessorMixin, rows: Rows, applied: Savings) -> Collator:
+    """What makes batches of the rows for the job's model.
+
+    Args:
+        applied: which savings are in force.
+    """
+    prefixes = applied.share_prompt is None
+    return Collator(
+        processor,
+        rows.form,
+        models.DTYPES[job.model.dtype],
+        images_once=prefixes or applied.encode_once is None,
+        prefixes=prefixes,
+    )

@@ -32,6 +32,7 @@ from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
 from runner.train.models import adapter
 from runner.train.models import model as models
+from runner.train.savings import Savings, savings
 from runner.train.trainer import RunTrainer
 from runner.train.world import first_on_machine, from_first, world
 
@@ -48,6 +49,8 @@ class Prepared:
     processor: ProcessorMixin
     train_rows: Rows | None
     eval_rows: Rows | None
+    savings: Savings | None
+    """Of training."""
 
 
 def train(plan: Plan, channel: Channel) -> dict[str, Any]:
@@ -75,6 +78,7 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
             raise Preempted(
                 f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved"
             )
+        trainer.leave()
         exported = _export(plan, channel, trainer, prepared.processor)
         if world().first:
             _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
@@ -127,11 +131,12 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     job = plan.job
     limit = preparation.token_limit(job, plan.fetched.model)
     processor = models.load_processor(job, plan.fetched.model)
-    train_rows = eval_rows = None
+    train_rows = eval_rows = applied = None
     with first_on_machine():
         if plan.purpose == "train":
             train_rows = preparation.train_rows(job, plan.fetched.train, processor, limit)
-            collator = preparation.collator(job, processor, train_rows)
+            applied = savings(job, train_rows, plan.fetched.model)
+            collator = preparation.collator(job, processor, train_rows, applied)
             channel.send("audit", lines=audit(train_rows, collator, processor))
         eval_rows = preparation.eval_rows(job, plan.fetched.eval, processor, limit)
     placement.check_rows(plan, train_rows, eval_rows)
@@ -140,7 +145,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
             channel.send("warning", message=f"{row} is skipped: {reason}")
         for note in () if rows is None else rows.notes:
             channel.send("message", text=note)
-    return Prepared(processor, train_rows, eval_rows)
+    return Prepared(processor, train_rows, eval_rows, applied)
 
 
 def _steps(plan: Plan, prepared: Prepared) -> int:
@@ -189,8 +194,8 @@ def _trainer(
     evaluator: Evaluator,
     arguments: SFTConfig | DPOConfig,
 ) -> RunTrainer:
-    rows = prepared.train_rows
-    assert rows is not None
+    rows, applied = prepared.train_rows, prepared.savings
+    assert rows is not None and applied is not None
     control = SaveAndStop(
         save_steps=plan.job.checkpoints.save_steps,
         save_seconds=plan.save_seconds,
@@ -212,12 +217,12 @@ def _trainer(
             reference=reference,
             keep_reference_adapter=keeps_reference,
             processor=prepared.processor,
-            collator=preparation.collator(job, prepared.processor, rows),
+            collator=preparation.collator(job, prepared.processor, rows, applied),
             rows=rows,
             eval_rows=prepared.eval_rows,
             control=control,
         )
-    trainer.attach(plan, rows, channel, evaluator.during, control)
+    trainer.attach(plan, rows, channel, evaluator.during, control, applied)
     return trainer
 
 
@@ -305,6 +310,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,
         "gradient_checkpointing": trainer.model.is_gradient_checkpointing,
         "image_backend": models.image_backend(prepared.processor),
+        "speed": None if prepared.savings is None else prepared.savings.told(),
         "geometry": plan.geometry.model_dump(),
         "versions": versions(),
     }

@@ -6,6 +6,7 @@
     state.json               scheduler, loss scaler, the optimizer's and generators' other values, the data
     adapter_config.json      of an adapter: PEFT's, as the export has it (`runner.checkpoint.adapter_file`)
     trainer_state.json       transformers' own TrainerState (step, epoch, log history)
+    references.safetensors   under dpo: what its reference is known to think of pairs
     steps.jsonl              our record: loss, gradient norm, learning rate and row indices of every step
 
 Tensors and other values of a nested state are split by `split` and joined again by `join`. Parameters and
@@ -44,11 +45,13 @@ from runner.errors import DataError, RunnerError
 from runner.train import rng
 from runner.train.gathering import Engine, States, laid_out, trainable
 from runner.train.memory import is_out_of_memory
+from runner.train.references import References
 from runner.train.world import from_all, world
 
 PARAMETERS = adapter_file.PARAMETERS
 OPTIMIZER = "optimizer.safetensors"
 RNG = "rng-{}.safetensors"
+REFERENCES = "references.safetensors"
 STATE = "state.json"
 STEPS = "steps.jsonl"
 
@@ -144,6 +147,7 @@ def save(
     scaler: Any | None,
     data: str,
     steps: list[Step],
+    references: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Write everything but transformers' own TrainerState into `folder`.
 
@@ -151,6 +155,7 @@ def save(
         model: whose adapter's configuration is written, if it has one.
         data: fingerprint of the prepared rows; a resume on other rows is refused.
         scaler: the float16 loss scaler, or null.
+        references: what is known of dpo's reference, if it is kept.
 
     Raises:
         StorageError, AccessDenied: the disk; what was written is removed again.
@@ -175,6 +180,8 @@ def save(
     with _writing(folder):
         save_file(snapshot.parameters, folder / PARAMETERS)
         save_file(tensors, folder / OPTIMIZER)
+        if references is not None:
+            save_file(references, folder / REFERENCES)
         for rank, held in enumerate(generators):
             save_file(held, folder / RNG.format(rank))
         (folder / STATE).write_text(json.dumps(values))
@@ -265,6 +272,14 @@ def _hyperparameters(kept: Any, live: dict[str, Any], tensors: dict[str, torch.T
         key: tuple(value) if isinstance(live.get(key), tuple) else value  # betas; JSON has no tuples
         for key, value in values.items()
     }
+
+
+def load_references(folder: Path, references: References) -> None:
+    """Know what the saved run knew; nothing, if it kept nothing."""
+    if (folder / REFERENCES).exists():
+        tensors = _tensors(folder, REFERENCES)
+        with _reading(folder, REFERENCES):
+            references.restore(tensors)
 
 
 def load_scaler(folder: Path, scaler: Any) -> None:

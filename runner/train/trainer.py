@@ -33,8 +33,11 @@ from runner.train.data.rows import Rows
 from runner.train.facts import peak_memory
 from runner.train.gathering import Engine, Whole, Zero, trainable
 from runner.train.memory import memory_named
+from runner.train.models.architectures import FREEZABLE
 from runner.train.models.model import float32_trainable
+from runner.train.models.shared import SharedImages
 from runner.train.sampler import GlobalBatchSampler
+from runner.train.savings import Savings
 from runner.train.world import from_all
 
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")
@@ -50,6 +53,9 @@ CALMER = (
 class RunTrainer(Trainer):
     """Goes before a method's own trainer: order, record, save, restore."""
 
+    shared: SharedImages | None = None
+    """The model's hooks, from `attach` on."""
+
     def attach(
         self,
         plan: Plan,
@@ -57,11 +63,13 @@ class RunTrainer(Trainer):
         channel: Channel,
         evaluate_now: Callable[[int], None],
         control_callback: SaveAndStop,
+        applied: Savings,
     ) -> None:
         """Give the trainer its run. Called once, right after construction.
 
         Args:
             evaluate_now: generates on the evaluation rows, every `evaluation.steps` steps.
+            applied: which savings are in force.
         """
         self._plan = plan
         self._rows = rows
@@ -72,11 +80,17 @@ class RunTrainer(Trainer):
         self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
         self._parent = None if plan.restore is None else plan.restore.name
         self._micro: list[tuple[torch.Tensor, int, int]] = []
-        self._step_rows: list[int] = []
+        self._step_rows: list[list[int]] = []
+        self._micro_rows: list[int] = []
         self._given: torch.optim.Optimizer | None = None
         self._names: list[list[str]] = []
         self._began = time.monotonic()
         float32_trainable(self.model)
+        frozen = applied.encode_once is None and set(FREEZABLE) <= set(plan.job.model.freeze)
+        self.shared = SharedImages(self.model, frozen=frozen)
+
+    def leave(self) -> None:
+        """Training is through: leave to other runs what they need not compute again."""
 
     def recut(self, cut: Geometry) -> None:
         """Train in micro-batches of another size; only before `train`."""
@@ -111,14 +125,19 @@ class RunTrainer(Trainer):
         samples, items = super().get_batch_samples(*args, **kwargs)
         ranks = from_all([sample["row_index"].tolist() for sample in samples])
         # The sampler's order: a micro-batch of every rank, then the next one.
-        self._step_rows = [index for turn in zip(*ranks, strict=True) for rows in turn for index in rows]
-        self._channel.send("begin", step=self.state.global_step + 1, ids=self._step_rows)
+        self._step_rows = [[index for rows in turn for index in rows] for turn in zip(*ranks, strict=True)]
+        self._channel.send("begin", step=self.state.global_step + 1, ids=self._ids)
         return samples, items
+
+    @property
+    def _ids(self) -> list[int]:
+        """The rows of the step, all ranks', in the sampler's order."""
+        return [index for rows in self._step_rows for index in rows]
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        del inputs["row_index"]
+        self._micro_rows = inputs.pop("row_index").tolist()
         images = int(inputs.pop("image_count").sum())
         tokens = int(inputs["attention_mask"].sum())
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -161,7 +180,7 @@ class RunTrainer(Trainer):
             learning_rate=float(learning_rate),
             tokens=int(sum(tokens)),
             images=int(sum(images)),
-            rows=self._step_rows,
+            rows=self._ids,
         )
         self._micro.clear()
         self.steps.append(step)
@@ -250,6 +269,7 @@ class RunTrainer(Trainer):
             scaler=self.accelerator.scaler,
             data=self._rows.fingerprint,
             steps=self.steps,
+            references=self._known_references(),
         )
         with disk("save a checkpoint", saving):
             self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
@@ -258,6 +278,10 @@ class RunTrainer(Trainer):
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
         path = publish(saving, self._plan.run_dir / "outbox", name)
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
+
+    def _known_references(self) -> dict[str, torch.Tensor] | None:
+        """What a checkpoint keeps of a reference."""
+        return None
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None

@@ -3,6 +3,9 @@
     train      Collator(...)(rows)          padded right, loss on the answers only
     generate   Collator(...).prompts(rows)  padded left, no labels, up to where the answer begins
 
+Images that several rows show, and those of a pair, stand in a batch once, with `Sharing` that says who shows
+what, where the job's `speed` asks for it.
+
 A row has `prompt` and `completion` (loss on the completion), `messages` (loss on every assistant turn, see
 `runner.train.data.turns`), or `prompt`, `chosen` and `rejected` (a pair).
 Rows with several images, one and none go into one batch, where the processor takes them. That is for one
@@ -24,15 +27,16 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from runner.errors import DataError
+from runner.train.data import sharing
 from runner.train.data.images import BadImage, open_image
 from runner.train.data.messages import without_nulls
+from runner.train.data.once import once, tells_sets
 from runner.train.data.turns import TurnCollator
 
 Form = Literal["prompt_completion", "messages", "preference"]
 Row = Mapping[str, Any]
 Batch = dict[str, Any]
 
-_MESSAGES: tuple[str, ...] = ("messages",)
 _COMPLETION: tuple[str, ...] = ("prompt", "completion")
 _PAIR: tuple[str, ...] = ("prompt", "chosen", "rejected")
 """The columns of each form that hold messages."""
@@ -44,17 +48,30 @@ _MASKS = ("pixel_attention_mask", "pixel_mask")
 class Collator:
     """See the module. Deterministic: the same rows give the same bits."""
 
-    def __init__(self, processor: ProcessorMixin, form: Form, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        processor: ProcessorMixin,
+        form: Form,
+        dtype: torch.dtype,
+        *,
+        images_once: bool = False,
+        prefixes: bool = False,
+    ) -> None:
         """
         Args:
             form: of the training rows.
             dtype: of the model's weights; pixel values are cast to it.
+            images_once: whether images that rows share stand in a training batch once.
+            prefixes: whether such rows may run as one sequence; means nothing without `images_once`.
         """
         self.processor = processor
         self.form: Form = form
         self.dtype = dtype
-        self._completions = DataCollatorForVisionLanguageModeling(processor, completion_only_loss=True)
-        self._pairs = DataCollatorForVisionPreference(processor)
+        self._images_once = images_once
+        self._prefixes = prefixes
+        self._once = once(processor)
+        self._completions = DataCollatorForVisionLanguageModeling(self._once, completion_only_loss=True)
+        self._pairs = DataCollatorForVisionPreference(self._once)
         self._turns = TurnCollator(processor) if form == "messages" else None
 
     def __call__(self, rows: Sequence[Row]) -> Batch:
@@ -67,26 +84,69 @@ class Collator:
             `attention_mask`, `completion_mask`: int64 (2B, T), the chosen answers first, then the rejected
             ones; the images, too, stand there twice); with pixel values in the model's dtype, pixel masks as
             bool, and `row_index`, `image_count`: int64 (B,), where each image counts once. Conversations of
-            which the first has no image come in another order than `rows`.
+            which the first has no image come in another order than `rows`. Where rows share images,
+            `sharing` is a `Sharing`, and the images of a set stand there once.
 
         Raises:
             DataError: an image that was readable before training is not any more, or the turns of a row
                 cannot be found.
         """
         if "messages" in rows[0]:
-            rows = _images_first(rows)
-            self._turns = self._turns or TurnCollator(self.processor)
-            collate, names = self._turns, _MESSAGES
-        elif "chosen" in rows[0]:
-            collate, names = self._pairs, _PAIR
-        else:
-            collate, names = self._completions, _COMPLETION
-        shown = [images(row) for row in rows]
+            return self._conversations(_images_first(rows))
+        pairs = "chosen" in rows[0]
+        names = _PAIR if pairs else _COMPLETION
+        sets = list(range(len(rows))) if pairs else self._sets(rows)
+        of_set: dict[int, list[Image]] = {}
+        for number, row in zip(sets, rows, strict=True):
+            if number not in of_set:
+                of_set[number] = images(row)
+        shown = [of_set[number] for number in sets]
         examples = [
             {"images": pictures, **{name: without_nulls(row[name]) for name in names}}
             for row, pictures in zip(rows, shown, strict=True)
         ]
-        return self._finished(collate(examples), rows, [len(pictures) for pictures in shown])
+        shared = self._images_once and any(shown) and (pairs or len(of_set) < len(rows))
+        if not shared:
+            batch = (self._pairs if pairs else self._completions)(examples)
+        elif pairs:
+            with self._once.twice():
+                batch = self._pairs(examples)
+            sets *= 2
+        else:
+            with self._once.showing(sets):
+                batch = self._completions(examples)
+        finished = self._finished(batch, rows, [len(pictures) for pictures in shown])
+        if shared:
+            counts = [len(pictures) for pictures in of_set.values()]
+            finished["sharing"] = self._sharing(finished, sets, counts)
+        return finished
+
+    def _conversations(self, rows: Sequence[Row]) -> Batch:
+        self._turns = self._turns or TurnCollator(self.processor)
+        shown = [images(row) for row in rows]
+        examples = [
+            {"images": pictures, "messages": without_nulls(row["messages"])}
+            for row, pictures in zip(rows, shown, strict=True)
+        ]
+        return self._finished(self._turns(examples), rows, [len(pictures) for pictures in shown])
+
+    def _sets(self, rows: Sequence[Row]) -> list[int]:
+        """The image set of every row; all different where they are not to be shared, or cannot be."""
+        if not self._images_once or not tells_sets(self.processor):
+            return list(range(len(rows)))
+        return sharing.image_sets([row["pictures"] if row["image_count"] else None for row in rows])
+
+    def _sharing(self, batch: Batch, sets: Sequence[int], counts: Sequence[int]) -> sharing.Sharing:
+        labels = batch.get("labels")
+        return sharing.found(
+            sets,
+            counts,
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["completion_mask"].bool() if labels is None else labels != -100,
+            self.processor.image_token_id,
+            prefixes=self._prefixes,
+        )
 
     def prompts(self, rows: Sequence[Row]) -> Batch:
         """A batch to generate from: the training prompts up to the answer, padded left, without labels."""

@@ -30,8 +30,8 @@ def measure(rows: Rows, collator: Collator, vision: Any, total: int) -> DataFact
         assert isinstance(text, int)  # what cannot be rendered is not among prepared rows
         added.append(whole - text + count)  # each image was one placeholder of the text
     largest = collator([probe.worst(rows, collator).largest])
-    # A pair's images stand there twice.
-    copies = 2 if rows.form == "preference" else 1
+    # A pair's images stand there twice, where they are not shared.
+    copies = 2 if rows.form == "preference" and "sharing" not in largest else 1
     return DataFacts(
         rows=total,
         looked_at=len(tokens) + len(rows.skipped),

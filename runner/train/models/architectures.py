@@ -11,14 +11,18 @@ trains the tiny model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from transformers import ProcessorMixin
 
 from runner.errors import DataError
 from runner.train.models.paligemma import prefix_and_suffix
 
-PARTS = ("vision_tower", "projector", "language_model")
+FREEZABLE = ("vision_tower", "projector")
+"""What an image goes through before the text model."""
+
+PARTS = (*FREEZABLE, "language_model")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,11 @@ class Parts:
     """The output embedding, part of the language model; never quantized, because TRL multiplies it raw."""
     fit: Callable[[ProcessorMixin], ProcessorMixin] | None = None
     """Makes of the published processor one that training can use."""
+    positions: Literal["rotary", "mrope"] | None = "rotary"
+    """How the text model knows where a token stands; None where it attends to parts of a prompt in both
+    directions, so that rows with one beginning cannot share it (`runner.train.models.shared`)."""
+    features_by_row: bool = False
+    """Whether `get_image_features` lists what it made by row of pixel values, not by image."""
 
     def of(self, names: list[str]) -> list[str]:
         """Paths of the named parts (`vision_tower`, `projector`), in the table's order."""
@@ -49,7 +58,12 @@ class Parts:
         return None
 
 
-_IDEFICS = Parts(("model.vision_model",), ("model.connector",), ("model.text_model", "lm_head"))
+_IDEFICS = Parts(
+    ("model.vision_model",),
+    ("model.connector",),
+    ("model.text_model", "lm_head"),
+    features_by_row=True,
+)
 _LLAVA = Parts(("model.vision_tower",), ("model.multi_modal_projector",), ("model.language_model", "lm_head"))
 _LLAVA_NEWLINE = Parts(
     ("model.vision_tower",),
@@ -61,15 +75,17 @@ _QWEN2 = Parts(
     ("model.visual.patch_embed", "model.visual.rotary_pos_emb", "model.visual.blocks"),
     ("model.visual.merger",),
     ("model.language_model", "lm_head"),
+    positions="mrope",
 )
 _QWEN3 = Parts(
     (*_QWEN2.vision_tower, "model.visual.pos_embed"),
     ("model.visual.merger", "model.visual.deepstack_merger_list"),
     ("model.language_model", "lm_head"),
+    positions="mrope",
 )
 
 ARCHITECTURES: dict[str, Parts] = {
-    "gemma3": _LLAVA,
+    "gemma3": replace(_LLAVA, positions=None),
     "idefics2": _IDEFICS,
     "idefics3": _IDEFICS,  # SmolVLM-Instruct is one
     "internvl": _LLAVA,
@@ -77,7 +93,7 @@ ARCHITECTURES: dict[str, Parts] = {
     "llava_next": _LLAVA_NEWLINE,
     "llava_onevision": _LLAVA_NEWLINE,
     "mistral3": _LLAVA,
-    "paligemma": Parts(_LLAVA.vision_tower, _LLAVA.projector, _LLAVA.language_model, fit=prefix_and_suffix),
+    "paligemma": replace(_LLAVA, fit=prefix_and_suffix, positions=None),
     "qwen2_5_vl": _QWEN2,
     "qwen2_vl": _QWEN2,
     "qwen3_vl": _QWEN3,

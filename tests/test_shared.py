@@ -1,0 +1,164 @@
+"""Work that rows have in common, done once: the numbers of every architecture, and what is laid out where."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from runner.train.data.sharing import Branches, Sharing, found, image_sets
+from runner.train.models.architectures import ARCHITECTURES
+from runner.train.models.packing import pack
+from runner.train.models.shared import packs
+from tests.test_architectures import MISSING, SHIM, TORCHVISION
+from tests.tiny_models import MAKERS, NEED_TORCHVISION
+
+INSTALLED = importlib.util.find_spec("torchvision") is not None
+CLOSE = 1e-5
+"""Of log-probabilities, and of gradients relative to the largest of a parameter; float32."""
+
+CASES = ("pair", "questions")
+NO_SETS = {"idefics2", "internvl"}
+"""Processors that cannot be told that rows show the same images; pairs they can."""
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file for every architecture; with torchvision in one process, without in another."""
+    folder = tmp_path_factory.mktemp("shares")
+    started = []
+    for needed in (True, False):
+        if needed and not (INSTALLED or TORCHVISION.is_dir()):
+            continue
+        path = [str(SHIM), str(TORCHVISION)] if needed and not INSTALLED else []
+        names = [name for name in MAKERS if (name in NEED_TORCHVISION) == needed]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.shares", str(folder), *names],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+                cwd=Path(__file__).parents[1],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+            )
+        )
+    for process in started:
+        said, _ = process.communicate(timeout=500)
+        assert process.returncode == 0, said.decode()[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_shared_work_gives_the_numbers_of_the_rows_one_by_one(compared: Path, name: str) -> None:
+    if name in NEED_TORCHVISION and not (INSTALLED or TORCHVISION.is_dir()):
+        pytest.skip(MISSING)
+    answers: dict[str, dict[str, Any]] = json.loads((compared / f"{name}.json").read_text())
+    can_pack = name == "pixtral" or ARCHITECTURES[name].positions is not None
+    ways = ("once", "sequences") if can_pack else ("once",)
+    assert set(answers) == {
+        f"{case} {way} {tower}" for case in CASES for way in ways for tower in ("frozen", "open")
+    }
+    for case, answer in answers.items():
+        for what in ("log_probs", "reference", "mean_logits", "gradients"):
+            assert answer[what] <= CLOSE, (case, what, answer)
+        assert answer["same"], (case, answer)
+        shares = "pair" in case or name not in NO_SETS
+        sets = {"pair": 2, "questions": 3}[case.split()[0]]
+        assert answer["sets"] == (sets if shares else None)
+        if "sequences" in case and shares:
+            assert answer["sequences"] == ([2, 2] if "pair" in case else [3, 2, 1])
+        # Of one batch: a frozen tower runs for the reference and the policy together.
+        assert answer["runs"] == ([1, 1] if "frozen" in case else [2, 2])
+
+
+# --- what is shared ---
+
+
+def test_image_sets_are_numbered_by_their_first_rows() -> None:
+    assert image_sets(["b", "a", "b", None, "a", None]) == [0, 1, 0, 2, 1, 3]
+
+
+IMAGE = 9
+
+
+@pytest.mark.parametrize(
+    ("rows", "answers", "prefix"),
+    [
+        ([[9, 1, 2, 3], [9, 1, 2, 4]], [3, 3], 3),  # up to the first token with loss
+        ([[9, 1, 2, 3], [9, 1, 4, 3]], [3, 3], 2),  # up to where they differ
+        ([[9, 1, 2, 3], [9, 1, 2, 3, 4]], [3, 2], 2),  # up to the first loss of any
+        ([[9, 1, 2], [9, 1, 2, 5]], [2, 2], 2),  # a token of its own is left to every row
+        ([[9, 1, 9, 3], [9, 1, 4, 9]], [3, 2], 0),  # an image behind it
+        ([[1, 9, 2, 3], [4, 9, 2, 3]], [3, 3], 0),  # nothing in common
+        ([[9, 1, 2, 3], [9, 4, 2, 3]], [3, 3], 0),  # an image alone: not worth it
+        ([[9, 1, 2, 3], [9, 1, 2, 4]], [None, None], 0),  # no loss anywhere
+    ],
+)
+def test_prefix_of_rows(rows: list[list[int]], answers: list[int | None], prefix: int) -> None:
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
+    attended = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    loss = torch.tensor(
+        [
+            [at is not None and at <= n < len(row) for n in range(width)]
+            for row, at in zip(rows, answers, strict=True)
+        ]
+    )
+    sharing = found([0, 0], [1], ids, attended, loss, IMAGE, prefixes=True)
+    expected = (Branches((0, 1), prefix),) if prefix else (Branches((0,), 0), Branches((1,), 0))
+    assert sharing.sequences == expected and sharing.packs == bool(prefix)
+    assert not found([0, 0], [1], ids, attended, loss, IMAGE, prefixes=False).packs
+
+
+def test_rows_are_laid_out_as_sequences() -> None:
+    """`a b c | d e` and `a b c | f`, and a row of its own between them."""
+    rows = torch.tensor([[10, 11, 12, 13, 14], [20, 21, 0, 0, 0], [10, 11, 12, 15, 0]])
+    sharing = Sharing((0, 1, 0), (1, 1), (5, 2, 4), (Branches((0, 2), 3), Branches((1,), 0)))
+    packed = pack(sharing, 5, rows.device)
+    assert packed.gather(rows)[0].tolist() == [10, 11, 12, 13, 14, 12, 15]
+    assert packed.gather(rows)[1, :2].tolist() == [20, 21]
+    assert (packed.source % 5)[0].tolist() == [0, 1, 2, 3, 4, 2, 3]
+    assert packed.branch[0].tolist() == [0, 0, 1, 1, 1, 2, 2]
+    assert packed.real.tolist() == [[True] * 7, [True, True] + [False] * 5]
+    back = packed.scatter(packed.gather(rows))
+    assert [back[0].tolist(), back[1, :2].tolist(), back[2, :4].tolist()] == [
+        [10, 11, 12, 13, 14],
+        [20, 21],
+        [10, 11, 12, 15],
+    ]
+    sees = packed.visible()[:, 0].int().tolist()
+    assert sees[0] == [
+        [1, 0, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 0, 1, 0],
+        [1, 1, 0, 0, 0, 1, 1],
+    ]
+    assert sees[1][1] == [1, 1, 0, 0, 0, 0, 0]
+    assert sees[1][4] == [0, 0, 0, 0, 1, 0, 0]  # padding sees itself, or softmax has nothing
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "longest", "reason"),
+    [
+        ("smolvlm", "sdpa", 9000, None),
+        ("qwen2_vl", "eager", 9000, None),
+        ("smolvlm", "flash_attention_2", 10, "takes no mask"),
+        ("gemma3", "sdpa", 10, "both directions"),
+        ("paligemma", "eager", 10, "both directions"),
+        ("idefics2", "sdpa", 4096, None),  # Mistral's window
+        ("idefics2", "sdpa", 4097, "attends to 4096 tokens, and the longest row has 4097"),
+    ],
+)
+def test_models_whose_rows_run_as_one(name: str, attention: str, longest: int, reason: str | None) -> None:
+    said = packs(AutoConfig.for_model(name), attention, longest)
+    assert said is None if reason is None else reason in (said or "")
