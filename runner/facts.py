@@ -87,6 +87,8 @@ class DataFacts(_Facts):
     """Numbers in the pixel values of the row that has most; of a pair, its images once."""
     tower_tokens: int
     """Positions that the vision tower sees for that row, all its images and tiles."""
+    savings: dict[str, str | None] = {}
+    """Of the job's `speed`, by key: null where it is in force, else why not; empty in records from before."""
 
 
 class Question(_Facts):

@@ -13,7 +13,8 @@ import pytest
 from runner.facts import DataFacts, ModelFacts, Part, Percentiles, Stack
 from runner.manifest import Job
 from runner.memory import GPUS, Estimate, Lever, Subject, Term, choose, estimate, levers
-from runner.memory.terms import DEFAULTS, OPTIMIZERS, Device
+from runner.memory.subject import DEFAULTS, Device
+from runner.memory.terms import OPTIMIZERS
 from runner.plan import Strategy, geometry
 from tests.attempts import merged
 from tests.small_job import SMALL

@@ -149,7 +149,7 @@ def test_a_plan_is_what_training_then_reports(file: str, data: str, tmp_path: Pa
         assert answer.data.tokens.mean * 64 == pytest.approx(sum(step["tokens"] for step in steps), abs=0.1)
     (checkpoint,) = (tmp_path / "outbox").iterdir()
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    assert numbers.checkpoint_bytes(job, answer.model, 2) == pytest.approx(size, rel=0.05)
+    assert numbers.checkpoint_bytes(job, answer.model, answer.data, 2) == pytest.approx(size, rel=0.05)
 
 
 def test_a_sample_is_the_same_again_and_says_that_it_is_one(here: Path) -> None:

@@ -1,6 +1,7 @@
 """How many bytes a job takes on one device, before it runs. Pure: no torch, no file, no GPU.
 
 stacks        activations of one stack of layers, per token
+subject       a job on a device, as the terms see it
 terms         what there is in memory, one term at a time, each with low, high and source
 estimate      the terms of a job on a device: an interval
 devices       what the GPUs that clouds rent have
@@ -13,7 +14,7 @@ it. How far it is from what was measured stands in docs/memory-model.md.
 from runner.memory.devices import GPUS, Gpu
 from runner.memory.estimate import Estimate, Term, Verdict, estimate
 from runner.memory.levers import Choice, Lever, choose, levers
-from runner.memory.terms import Subject
+from runner.memory.subject import Subject
 
 __all__ = [
     "GPUS",

@@ -13,7 +13,7 @@ from typing import Literal
 from runner.memory import terms
 from runner.memory.devices import MIB
 from runner.memory.stacks import NOTHING, Range
-from runner.memory.terms import Device, Subject
+from runner.memory.subject import Device, Subject
 from runner.plan import Geometry, Strategy
 
 Verdict = Literal["fits", "may fit", "does not fit"]

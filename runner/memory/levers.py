@@ -10,7 +10,7 @@ from runner.facts import DataFacts, ModelFacts
 from runner.job.matrix_strategies import refused
 from runner.manifest import Job
 from runner.memory.estimate import Estimate, Verdict, estimate
-from runner.memory.terms import Subject
+from runner.memory.subject import Subject
 from runner.plan import Strategy, geometry, recut, sizes
 
 FIXED_IMAGES = ("gemma3", "llava", "paligemma")

@@ -27,6 +27,10 @@ class Range:
     def __mul__(self, factor: float) -> Range:
         return Range(self.low * factor, self.high * factor)
 
+    def times(self, other: Range) -> Range:
+        """The product, at both ends."""
+        return Range(self.low * other.low, self.high * other.high)
+
     def at_least(self, other: Range) -> Range:
         """The larger of both, at both ends."""
         return Range(max(self.low, other.low), max(self.high, other.high))

@@ -13,20 +13,11 @@ batch           pixel values and ids: of the micro-batch at work, or of all that
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
-from runner.facts import DataFacts, ModelFacts, Part, Stack
-from runner.manifest import Job
+from runner.facts import Part, Stack
 from runner.memory.stacks import FLOAT32, NOTHING, Range, Trained, exactly, passed, trained
-from runner.plan import Geometry, Strategy
-
-Device = Literal["cpu", "cuda"]
-
-BYTES = {"bfloat16": 2, "float16": 2, "float32": FLOAT32}
-
-DEFAULTS: dict[str, Any] = {"optim": "adamw_torch_fused", "gradient_checkpointing": True}
-"""Of trl.SFTConfig and DPOConfig 1.16; a test compares them with the generated schema."""
+from runner.memory.subject import Subject
 
 NF4_BITS = 4 + 32 / 64
 """64 weights share a float32 scale (bitsandbytes 0.50, `Params4bit`, blocksize 64)."""
@@ -69,59 +60,6 @@ SMALL = 4096
 
 TILE_TOKENS, TILE_ROWS = 4096, 32768
 """Of TRL's fused head (1.16, `TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A job with all that is known of it, and what follows at once."""
-
-    model: ModelFacts
-    data: DataFacts
-    job: Job
-    cut: Geometry
-    strategy: Strategy
-    device: Device
-
-    def option(self, name: str) -> Any:
-        """A key of `training`, as the job or upstream's default has it."""
-        return self.job.training.options.get(name, DEFAULTS[name])
-
-    @property
-    def c(self) -> int:
-        """Bytes of a number of the computation."""
-        return BYTES[self.job.model.dtype]
-
-    @property
-    def pairs(self) -> bool:
-        return self.job.method == "dpo"
-
-    @property
-    def rows(self) -> int:
-        """Sequences of a micro-batch, each with its images: of a pair two (TRL's collator)."""
-        return self.cut.per_device * (2 if self.pairs else 1)
-
-    @property
-    def tokens(self) -> int:
-        """Of a micro-batch: every row is padded to the longest."""
-        return self.rows * self.data.tokens.largest
-
-    @property
-    def trains(self) -> int:
-        """Parameters that get a gradient: of the base model and of the adapter."""
-        return sum(part.trainable + part.adapter for part in self.model.parts.values())
-
-    @property
-    def adapter(self) -> int:
-        return sum(part.adapter for part in self.model.parts.values())
-
-    def part(self, name: str) -> Part:
-        """A part, or an empty one where the model has none of this name."""
-        return self.model.parts.get(name) or Part(parameters=0, quantized=0, trainable=0, adapter=0)
-
-    def shard(self, what: Literal["optimizer", "gradients", "weights"]) -> int:
-        """Over how many devices a term is split (ZeRO, arXiv 1910.02054, section 5; FSDP2 as stage 3)."""
-        first = {"optimizer": ("zero1", "zero2", "zero3", "fsdp2"), "gradients": ("zero2", "zero3", "fsdp2")}
-        return self.cut.world if self.strategy in first.get(what, ("zero3", "fsdp2")) else 1
 
 
 def weights(it: Subject) -> Range:
@@ -209,8 +147,8 @@ def fragments(it: Subject) -> Range:
         return NOTHING
     stack = it.model.text
     how = _trained(it, it.part("language_model"), stack, gated=True)
-    without = trained(stack, it.c, replace(how, checkpointing=False)) * it.tokens
-    return Range(0, without.high - (trained(stack, it.c, how) * it.tokens).high)
+    without = trained(stack, it.c, replace(how, checkpointing=False)).times(it.tokens)
+    return Range(0, without.high - trained(stack, it.c, how).times(it.tokens).high)
 
 
 def text(it: Subject) -> Range:
@@ -220,10 +158,10 @@ def text(it: Subject) -> Range:
     how = _trained(it, part, stack, gated=True)
     if it.job.model.attn_implementation == "eager":
         # The softmax in float32 and its copy in model.dtype.
-        how = replace(how, scores=stack.heads * it.data.tokens.largest * (FLOAT32 + it.c))
+        how = replace(how, scores=stack.heads * it.width.high * (FLOAT32 + it.c))
     ends = stack.hidden * (FLOAT32 + 3 * it.c)
-    mask = Range(0, it.rows * it.data.tokens.largest**2 * (1 + it.c))
-    return (trained(stack, it.c, how) + exactly(ends)) * it.tokens + mask
+    mask = Range(0, it.tokens.high * it.width.high * (1 + it.c))
+    return (trained(stack, it.c, how) + exactly(ends)).times(it.tokens) + mask
 
 
 def _trained(it: Subject, part: Part, stack: Stack, *, gated: bool) -> Trained:
@@ -243,27 +181,29 @@ def tower(it: Subject, beside: Range) -> Range | None:
     widths are not known.
 
     trains    its layers keep what backward needs, beside the text model's
-    frozen    sft: its largest layer, before the text model's activations are there: what it is more than they
-              dpo: at most all of it: the reference's pass goes through it while the policy's waits for its
-              backward (TRL 1.16, `_compute_loss`)
+    frozen    its largest layer, before the text model's activations are there: what it is more than they, and
+              what it made, kept for the reference and the policy
+              dpo without encode_once and cache_reference: at most all of it: the reference's pass goes
+              through it while the policy's waits for its backward (TRL 1.16, `_compute_loss`)
 
     Args:
         beside: the text model's activations.
     """
-    positions = it.data.tower_tokens * it.rows
-    if not positions:
+    positions = it.image_rows * it.data.tower_tokens
+    if not positions.high:
         return NOTHING
     stack = it.model.vision
     if stack is None:
         return None
     part = it.part("vision_tower")
     if "vision_tower" not in it.job.model.freeze:
-        return trained(stack, it.c, _trained(it, part, stack, gated=False)) * positions
-    moment = passed(stack, it.c, gated=False) * positions + Range(
-        0, 2 * it.data.pixel_values * it.rows * it.c
-    )
-    over = Range(max(0, moment.low - beside.low), max(0, moment.high - beside.high))
-    return Range(over.low, moment.high) if it.pairs else over
+        return trained(stack, it.c, _trained(it, part, stack, gated=False)).times(positions)
+    pixels = it.image_rows * it.data.pixel_values
+    moment = passed(stack, it.c, gated=False).times(positions) + Range(0, 2 * pixels.high * it.c)
+    made = Range(0, positions.high * stack.hidden * it.c if it.saves("encode_once") else 0)
+    over = Range(max(0, moment.low - beside.low), max(0, moment.high - beside.high)) + made
+    late = it.pairs and not (it.saves("encode_once") or it.saves("cache_reference"))
+    return Range(over.low, moment.high) if late else over
 
 
 def head(it: Subject) -> Range:
@@ -292,8 +232,10 @@ def batch(it: Subject) -> Range:
     """Pixel values in model.dtype with their mask, and five numbers of 8 bytes a token (ids, masks, labels).
     A CPU holds all micro-batches of a step, at most one more that was fetched ahead, and what the processor
     made them of in float32; a GPU the one at work."""
-    pixels = it.data.pixel_values * it.rows
-    one = pixels * (it.c + 1 / 3) + it.tokens * 40
+    pixels = it.image_rows * it.data.pixel_values
+    ids = exactly(it.rows * it.data.tokens.largest * 40)
+    one = pixels * (it.c + 1 / 3) + ids
     if it.device == "cuda":
-        return Range(one, one + pixels * FLOAT32)
-    return Range(one * it.cut.accumulation, one * (it.cut.accumulation + 1) + 2 * pixels * FLOAT32)
+        return Range(one.low, one.high + pixels.high * FLOAT32)
+    ahead = one.high * (it.cut.accumulation + 1) + 2 * pixels.high * FLOAT32
+    return Range(one.low * it.cut.accumulation, ahead)

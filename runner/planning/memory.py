@@ -8,7 +8,7 @@ from typing import Any
 from runner.errors import UsageError
 from runner.job.matrix_strategies import splits
 from runner.memory import GPUS, Choice, Estimate, Subject, choose, estimate, levers
-from runner.memory.terms import Device
+from runner.memory.subject import Device
 from runner.plan import recut, sizes
 
 CPU = "cpu"

@@ -6,7 +6,8 @@ from typing import Any
 
 from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
-from runner.memory.terms import DEFAULTS, OPTIMIZERS
+from runner.memory.subject import DEFAULTS
+from runner.memory.terms import OPTIMIZERS
 from runner.plan import Geometry, Strategy, steps_per_epoch, total_steps, warmup_steps
 from runner.supervisor.pace import UNMEASURED_SAVE, save_interval
 
@@ -19,6 +20,8 @@ _LARGEST_STATE = 8
 _STEP_BYTES = 170
 """Of a line of steps.jsonl and the same step in transformers' log, without its rows."""
 _ROW_BYTES = 6
+_REFERENCE_BYTES = 9
+"""Two float32 of a pair, and whether they are known."""
 _OTHER_BYTES = 32_000
 """Generators' states, names of the tensors, configuration."""
 
@@ -65,13 +68,14 @@ def training_section(job: Job, data: DataFacts, cut: Geometry, strategy: Strateg
     }
 
 
-def checkpoint_bytes(job: Job, model: ModelFacts, steps: int) -> int:
+def checkpoint_bytes(job: Job, model: ModelFacts, data: DataFacts, steps: int) -> int:
     """About the size of the last, largest checkpoint: trained parameters in float32, the optimizer's moments,
-    and the record of all steps."""
+    the record of all steps, and what dpo's reference thinks of every pair."""
     optimizer = job.training.options.get("optim", DEFAULTS["optim"])
     state = OPTIMIZERS[optimizer][0] if optimizer in OPTIMIZERS else _LARGEST_STATE
     record = steps * (_STEP_BYTES + _ROW_BYTES * job.training.global_batch_size)
-    return int(trainable(model) * (4 + state)) + record + _OTHER_BYTES
+    kept = data.rows * _REFERENCE_BYTES if data.savings.get("cache_reference", "") is None else 0
+    return int(trainable(model) * (4 + state)) + record + kept + _OTHER_BYTES
 
 
 def checkpoints_section(job: Job, place: str, size: int | None) -> dict[str, Any]:

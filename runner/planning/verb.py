@@ -76,7 +76,9 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
             room = memory.section(Subject(model, data, job, cut, "single", at.device), at)
         training = numbers.training_section(job, data, cut, None if room is None else room["strategy"])
     steps = None if training is None else training["steps"]
-    size = None if model is None or steps is None else numbers.checkpoint_bytes(job, model, steps)
+    size = None
+    if model is not None and data is not None and steps is not None:
+        size = numbers.checkpoint_bytes(job, model, data, steps)
     checks.make("store", lambda: check_store(job, folder.path))
     if size is not None:
         checks.make("room for checkpoints", lambda: check_room(job, folder.path, size))
@@ -93,7 +95,8 @@ def make(resolved: Resolved, asked: Asked) -> dict[str, Any]:
         "model": None
         if answer is None or model is None
         else numbers.model_section(job, model, answer.weight_bytes),
-        "data": None if data is None else data.model_dump(),
+        "data": None if data is None else data.model_dump(exclude={"savings"}),
+        "speed": None if data is None else data.savings,
         "eval_rows": None if answer is None else answer.eval_rows,
         "training": training,
         "memory": room,

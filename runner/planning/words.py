@@ -18,6 +18,7 @@ def lines(document: Mapping[str, Any]) -> Iterator[str]:
     for name, section in (
         ("model", _model(document)),
         ("data", _data(document)),
+        ("speed", _speed(document["speed"])),
         ("training", _training(document["training"])),
         ("memory", _memory(document["memory"])),
         ("checkpoints", _checkpoints(document["checkpoints"])),
@@ -88,6 +89,17 @@ def _data(document: Mapping[str, Any]) -> Iterator[str]:
             f"{label:<10} median {found['p50']:,}, 95 % up to {found['p95']:,}, largest "
             f"{found['largest']:,}, mean {found['mean']:,.1f}"
         )
+
+
+def _speed(savings: Mapping[str, str | None] | None) -> Iterator[str]:
+    """What is in force in a line, then a line for each that is not."""
+    if savings is None:
+        yield "unknown"
+        return
+    yield ", ".join(name for name, why in savings.items() if why is None) or "nothing is saved"
+    for name, why in savings.items():
+        if why is not None:
+            yield f"not {name}: {why}"
 
 
 def _training(training: Mapping[str, Any] | None) -> Iterator[str]:

@@ -96,7 +96,8 @@ class _Inspection:
             collator = preparation.collator(job, processor, rows, applied)
             everything = len(rows.dataset) + len(rows.skipped) == total
             vision = models.load_config(folder).vision_config
-            return rows, collator, measure(rows, collator, vision, len(rows.dataset) if everything else total)
+            count = len(rows.dataset) if everything else total
+            return rows, collator, measure(rows, collator, vision, count, applied.told())
 
         prepared = self.checks.make(name, prepare)
         if prepared is None:

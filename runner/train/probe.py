@@ -55,7 +55,9 @@ class Worst:
         """Batches of `size` rows that all others are smaller than; of one row, one for each kind."""
         if size == 1:
             return [[self.longest], [self.largest]]
-        return [[self.longest, *[self.largest] * (size - 1)]]
+        # Copies, but of other images: rows that show the same would share the work.
+        copies = [{**self.largest, "pictures": f"copy {number}"} for number in range(1, size)]
+        return [[self.longest, *copies]]
 
 
 def fitting(trainer: RunTrainer, collate: Collate, rows: Rows, cut: Geometry, channel: Channel) -> Geometry:

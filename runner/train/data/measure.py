@@ -15,13 +15,16 @@ from runner.train.data.rows import Rows
 from runner.train.data.tokens import TokenCounter
 
 
-def measure(rows: Rows, collator: Collator, vision: Any, total: int) -> DataFacts:
+def measure(
+    rows: Rows, collator: Collator, vision: Any, total: int, savings: dict[str, str | None]
+) -> DataFacts:
     """The facts of rows that may be a sample.
 
     Args:
         collator: of the training rows.
         vision: the model's `vision_config`.
         total: rows that the job trains on.
+        savings: what of the job's `speed` is in force.
     """
     tokens, images = rows.dataset["tokens"][:], rows.dataset["image_count"][:]
     shown = rows.dataset.select_columns([name for name in rows.dataset.column_names if name != "images"])
@@ -41,6 +44,7 @@ def measure(rows: Rows, collator: Collator, vision: Any, total: int) -> DataFact
         images=percentiles(images),
         pixel_values=probe.pixels(largest) // copies,
         tower_tokens=tower_tokens(largest, vision) // copies,
+        savings=savings,
     )
 
 
