@@ -115,7 +115,11 @@ def trainer(run_dir: Path, job: Job, model: Path, data: Path, patience: float | 
     reader, writer = os.pipe()
     here = Path(__file__).parent
     path = os.pathsep.join(filter(None, [str(here.parent), os.environ.get("PYTHONPATH")]))
-    environment = {"RUNNER_EVENTS_FD": str(writer), "RUNNER_CACHE": str(run_dir / "cache"), "PYTHONPATH": path}
+    environment = {
+        "RUNNER_EVENTS_FD": str(writer),
+        "RUNNER_CACHE": str(run_dir / "cache"),
+        "PYTHONPATH": path,
+    }
     with (attempt_dir / "log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(here / "measured_trainer.py"), str(attempt_dir / "plan.json")],

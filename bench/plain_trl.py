@@ -36,7 +36,7 @@ METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step, from the end of the one before, and how many of them before it began."""
+    """Seconds of every optimizer step from the end of the one before, and those of them before it began."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []

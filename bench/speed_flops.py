@@ -1,14 +1,14 @@
 """Model FLOPs of a training sample, and the most that a device can do: the two sides of MFU.
 
-MFU (model FLOPs utilization; Chowdhery et al., PaLM, arXiv 2204.02311, appendix B) = model FLOPs of a sample x
-samples per second / peak FLOPs per second. Counted is the work that the loss needs, the same for all rows of
-a table, however often one of them does it: recomputation is no model work, and neither is what is done twice.
+MFU (model FLOPs utilization; Chowdhery et al., PaLM, arXiv 2204.02311, appendix B) = model FLOPs of a sample
+x samples per second / peak FLOPs per second. Counted is the work that the loss needs, the same for all rows
+of a case, however often one of them does it: recomputation is no model work, nor is what is done twice.
 
     linear layer            2 FLOPs for each weight and token, forward
-    attention               4 x width x context for each token and layer, forward: QK^T and its product with V,
-                            not halved for the causal mask, as in PaLM
-    backward                for the inputs as much as forward; of attention twice as much. For weights nothing:
-                            they are frozen, and the adapter's are left out, under 1 % of the rest
+    attention               4 x width x context for each token and layer, forward: QK^T and its product with
+                            V, not halved for the causal mask, as in PaLM
+    backward                for the inputs as much as forward; of attention twice as much. For weights
+                            nothing: they are frozen, and the adapter's, a hundredth of them, are left out
     tower and projector     frozen: forward, once for each image of a micro-batch
     text                    forward and backward; what rows of a micro-batch begin with is counted once: the
                             prompt of a pair, what the questions about one image share
@@ -139,4 +139,3 @@ def peak(card: str | None) -> dict[str, Any] | None:
         torch.mm(left, right)
         best = min(best, time.perf_counter() - began)
     return {"flops": 2 * size**3 / best, "source": f"measured, float32 matrices of {size} x {size}"}
-

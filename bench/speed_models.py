@@ -8,22 +8,13 @@ Shapes are those of the published configurations. Tokenizers are small ones, mad
 hub: of the vocabulary only the size matters. `tiny` makes of each a model of seconds, for tests. Weights are
 saved once; every process loads and packs them, as a course script does. Qwen2-VL's processor needs
 torchvision.
-
-Run as `python bench/speed_models.py NAME FOLDER [--tiny] [--device cuda]`, by `speed.py`, so that what was
-needed to make a model is free again before one is trained.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 from attempt import build_model
 
@@ -114,6 +105,10 @@ def build(model: Model, folder: Path, device: str) -> None:
         build_model(folder, model.text, model.vision, model.dtype, device)
     else:
         _build_qwen(model, folder, device)
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # those who train need it
 
 
 def _build_qwen(model: Model, folder: Path, device: str) -> None:
@@ -139,18 +134,3 @@ def _build_qwen(model: Model, folder: Path, device: str) -> None:
         )
     made.save_pretrained(folder)
     tiny.processor.save_pretrained(folder)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write one model of the speed bench.")
-    parser.add_argument("name", choices=MODELS)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tiny", action="store_true", help="the same architecture, in seconds")
-    parser.add_argument("--device", default="cpu", help="where the random numbers are drawn")
-    arguments = parser.parse_args()
-    models = TINY if arguments.tiny else MODELS
-    build(models[arguments.name], arguments.folder, arguments.device)
-
-
-if __name__ == "__main__":
-    main()

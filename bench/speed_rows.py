@@ -18,17 +18,33 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 WIDTH, HEIGHT = 850, 600
-WORDS = "bar line red blue green higher lower value year share total about twice half the of is and".split()
+WORDS = [
+    "bar",
+    "line",
+    "red",
+    "blue",
+    "green",
+    "higher",
+    "lower",
+    "value",
+    "year",
+    "share",
+    "total",
+    "about",
+    "twice",
+]
+WORDS += ["half", "the", "of", "is", "and"]
 SHORTEST, LONGEST = 20, 60
 """Tokens of an answer of a pair."""
 
 
 def picture(rng: random.Random) -> Image:
     """A chart, RGB; no two of one generator are alike, and no tile of it is all of one colour."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageOps
 
     shade = Image.linear_gradient("L").resize((WIDTH, HEIGHT)).rotate(rng.choice((0, 180)))
-    image = Image.merge("RGB", [shade.point(lambda v, low=rng.randint(150, 200): low + v // 5) for _ in "RGB"])
+    dark, light = (tuple(rng.randint(low, low + 40) for _ in range(3)) for low in (150, 210))
+    image = ImageOps.colorize(shade, dark, light)
     pen = ImageDraw.Draw(image)
     for level in range(40, HEIGHT, 70):
         pen.line((40, level, WIDTH - 20, level), fill=(90, 90, 90))
@@ -41,7 +57,9 @@ def picture(rng: random.Random) -> Image:
         colour = tuple(rng.randint(0, 255) for _ in range(3))
         pen.rectangle((left, top, left + step * 2 // 3, HEIGHT - 60), fill=colour)
         pen.text((left, HEIGHT - 50), f"{rng.choice(WORDS)} {rng.randint(0, 99)}", fill=(0, 0, 0))
-    pen.line([(50 + number * step, HEIGHT - top) for number, top in enumerate(tops)], fill=(20, 20, 20), width=3)
+    pen.line(
+        [(50 + number * step, HEIGHT - top) for number, top in enumerate(tops)], fill=(20, 20, 20), width=3
+    )
     return image
 
 
@@ -57,7 +75,9 @@ def build_rows(file: Path, method: str, images: int, questions: int, processor: 
     for number in range(images):
         shown = picture(rng)
         for question in range(questions):
-            asked = f"What is the {rng.choice(WORDS)} {rng.choice(WORDS)} of bar {question} in {1900 + number}?"
+            asked = (
+                f"What is the {rng.choice(WORDS)} {rng.choice(WORDS)} of bar {question} in {1900 + number}?"
+            )
             rows.append({"image": shown, **(_pair if method == "dpo" else _answer)(asked, rng, processor)})
     rng.shuffle(rows)
     Dataset.from_list(rows).cast_column("image", Image()).to_parquet(file)
