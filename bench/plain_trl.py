@@ -29,7 +29,8 @@ from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
 from process_facts import process_facts
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerCallback
+from processors import load_processor
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
@@ -88,7 +89,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         dtype=getattr(torch, spec["dtype"]),
         attn_implementation="sdpa",
         quantization_config=quantization,
-        device_map={"": spec["device"]},
+        device_map={"": "cpu" if spec["device"] == "cpu" else 0},
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -113,7 +114,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
             }
         ),
         train_dataset=rows(spec),
-        processing_class=AutoProcessor.from_pretrained(spec["model"], backend="pil", **spec["processor"]),
+        processing_class=load_processor(Path(spec["model"]), spec["processor"]),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]),
         callbacks=[clock],
     )

@@ -63,9 +63,9 @@ def built(bench: Bench, said: argparse.Namespace) -> list[Runs]:
     """Write the model, and the rows of each case."""
     model = bench.folder / "model"
     build(bench.model, model, said.device)
-    from transformers import AutoProcessor
+    from processors import load_processor
 
-    processor = AutoProcessor.from_pretrained(model, backend="pil", **bench.model.processor)
+    processor = load_processor(model, bench.model.processor)
 
     def prepared(case: Case) -> Runs:
         data, steps = bench.folder / f"{case.name}.parquet", said.steps or case.usual_steps(said.device)

@@ -131,7 +131,7 @@ def sample(file: Path, method: str, questions: int, processor: ProcessorMixin) -
     question = mean(names[0])
     return Sample(
         images=pixels.shape[1] if tiled else 1,
-        patches=pixels.shape[3] * pixels.shape[4] // side**2 if tiled else pixels.shape[0],
+        patches=(pixels.shape[3] // side) * (pixels.shape[4] // side) if tiled else pixels.shape[0],
         image_tokens=int((made["input_ids"] == processor.image_token_id).sum()),
         prompt=begins + (question if method == "dpo" else 0),
         answers=tuple(end + (0 if method == "dpo" else question) for end in ends),

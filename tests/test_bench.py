@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import transformers
 
 ROOT = Path(__file__).parents[1]
 Modules = dict[str, ModuleType]
@@ -249,6 +250,21 @@ def test_the_models_have_the_published_sizes(bench: Modules, tmp_path: Path) -> 
     found = flops.weights(qwen)
     assert found.text == 28 * (3584 * (3584 + 512) * 2 + 3 * 3584 * 18944)
     assert found.tower + found.projector == pytest.approx(675e6, rel=0.01)
+
+
+def test_the_model_of_the_gpu_is_smolvlm_instruct_to_the_parameter(
+    bench: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made without numbers, and counted where it would be saved."""
+    counted: list[int] = []
+    monkeypatch.setattr(
+        transformers.PreTrainedModel,
+        "save_pretrained",
+        lambda self, folder: counted.append(sum(one.numel() for one in self.parameters())),
+    )
+    models = bench["speed_models"]
+    models.build(models.MODELS["smolvlm"], tmp_path, "meta")
+    assert counted == [2_246_272_880]
 
 
 def test_order_and_speed_reach_both_sides(bench: Modules, tmp_path: Path) -> None:
