@@ -18,22 +18,7 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 WIDTH, HEIGHT = 850, 600
-WORDS = [
-    "bar",
-    "line",
-    "red",
-    "blue",
-    "green",
-    "higher",
-    "lower",
-    "value",
-    "year",
-    "share",
-    "total",
-    "about",
-    "twice",
-]
-WORDS += ["half", "the", "of", "is", "and"]
+WORDS = ["bar", "line", "red", "blue", "higher", "lower", "value", "year", "about", "half", "of", "is"]
 SHORTEST, LONGEST = 20, 60
 """Tokens of an answer of a pair."""
 
