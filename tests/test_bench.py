@@ -221,6 +221,27 @@ def test_what_does_not_fit_into_the_time_is_listed(bench: Modules, tmp_path: Pat
     }
 
 
+def test_a_lever_of_upstream_may_fail_and_one_of_ours_may_not(
+    bench: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs_of, cases = bench["speed_runs"], bench["speed_cases"]
+
+    def fails(bench: Any, runs: Any, variant: Any, turn: int) -> None:
+        raise runs_of.Failed("a long log\nwhy")
+
+    monkeypatch.setattr(runs_of, "_ours", fails)
+    monkeypatch.setattr(cases.Variant, "missing", False)
+    runs = runs_of.Runs(cases.CASES["sft"], 2, tmp_path / "rows", sample=None)
+    there = runs_of.Bench(bench["speed_models"].TINY["smolvlm"], "cuda", tmp_path, time.monotonic() + 100)
+    runs_of.measure(there, [runs], 1, None)
+    assert runs.why["use_liger_kernel"] == "failed: why"
+    assert [line.partition(":")[0] for line in runs.failed] == [
+        "sft, all",
+        "sft, plain TRL",  # whose order would be ours
+        "sft, frozen parts alone",
+    ]
+
+
 def test_model_flops_are_those_of_the_formula(bench: Modules) -> None:
     """One layer of width 2 each, counted by hand."""
     flops = bench["speed_flops"]
