@@ -48,7 +48,7 @@ chaos: .venv/.installed ## Kill runs 540 times, and see what became of them: mak
 
 bench: .venv/.installed .venv/torchvision-cpu ## Measure what the README promises, on this machine
 	@$(BIN)/python bench/validate.py
-	@$(BIN)/python bench/sft_step.py
+	@$(BIN)/python bench/speed.py --minutes 12
 	@$(BIN)/python bench/memory.py
 	@PYTHONPATH="$(CURDIR)/tests/torchvision_shim:$(CURDIR)/.venv/torchvision-cpu" $(BIN)/python bench/memory_model.py
 	@$(BIN)/python bench/slow_store.py

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +21,39 @@ TEXT = {"hidden_size": 336, "intermediate_size": 1344, "num_hidden_layers": 4, "
 TEXT |= {"num_key_value_heads": 6, "head_dim": 56, "vocab_size": 8192, "max_position_embeddings": 4096}
 
 
-def build_model(folder: Path, text: dict[str, int] | None = None) -> None:
+class Failed(SystemExit):
+    """A training process that ended badly: it ends this program, too, unless a bench goes on without it."""
+
+
+def build_model(
+    folder: Path,
+    text: dict[str, int] | None = None,
+    vision: dict[str, int] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> None:
     """A random model of SmolVLM's shape: widths, depths and vocabulary divided by six.
 
     Args:
         text: other sizes of the text model.
+        vision: other sizes of the vision tower.
+        dtype: of the saved weights.
+        device: where the random numbers are drawn.
     """
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     demo = resolve_model("demo:smolvlm-tiny")
     config = AutoConfig.from_pretrained(demo)
-    for name, value in {**VISION, "image_size": 384, "patch_size": 14}.items():
+    for name, value in {**VISION, "image_size": 384, "patch_size": 14, **(vision or {})}.items():
         setattr(config.vision_config, name, value)
     for name, value in {**TEXT, **(text or {})}.items():
         setattr(config.text_config, name, value)
     config.scale_factor = 3
     torch.manual_seed(0)
-    AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder)
     AutoProcessor.from_pretrained(demo, backend="pil").save_pretrained(folder)
 
 
@@ -63,12 +80,24 @@ class Measured:
     steps: list[dict[str, Any]]
     """Its step events."""
     facts: dict[str, Any]
+    process: dict[str, Any]
+    """Its `process_facts`."""
     idle_bytes: int
     """Resident just before it loaded the model: Python and the libraries."""
+    before_seconds: float
+    """From the beginning of training to its first step."""
 
 
-def trainer(run_dir: Path, job: Job, model: Path, data: Path) -> Measured:
-    """The runner's own trainer process, as the supervisor starts it. Ends this program when it fails."""
+def trainer(run_dir: Path, job: Job, model: Path, data: Path, patience: float | None = None) -> Measured:
+    """The runner's own trainer process, as the supervisor starts it. Its cache is the run's own, so that no
+    run finds what another one left.
+
+    Args:
+        patience: seconds after which it is ended.
+
+    Raises:
+        Failed: it did not end well.
+    """
     attempt_dir = run_dir / "attempts" / "1"
     attempt_dir.mkdir(parents=True)
     (run_dir / "outbox").mkdir()
@@ -84,26 +113,41 @@ def trainer(run_dir: Path, job: Job, model: Path, data: Path) -> Measured:
     )
     (attempt_dir / "plan.json").write_text(plan.model_dump_json())
     reader, writer = os.pipe()
+    here = Path(__file__).parent
+    path = os.pathsep.join(filter(None, [str(here.parent), os.environ.get("PYTHONPATH")]))
+    environment = {
+        "RUNNER_EVENTS_FD": str(writer),
+        "RUNNER_CACHE": str(run_dir / "cache"),
+        "PYTHONPATH": path,
+    }
     with (attempt_dir / "log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "runner.train", str(attempt_dir / "plan.json")],
-            env={**os.environ, "RUNNER_EVENTS_FD": str(writer)},
+            [sys.executable, str(here / "measured_trainer.py"), str(attempt_dir / "plan.json")],
+            env={**os.environ, **environment},
             pass_fds=[writer],
             stdout=log,
             stderr=log,
         )
         os.close(writer)
-        idle, steps = 0, []
+        alarm = threading.Timer(patience or threading.TIMEOUT_MAX, process.kill)
+        alarm.daemon = True
+        alarm.start()
+        idle, steps, marks = 0, [], {}
         with os.fdopen(reader) as lines:
             for event in map(json.loads, lines):
-                if event["event"] == "phase" and event["phase"] == "load":
+                name = event.get("phase", event["event"])
+                marks.setdefault(name, time.monotonic())
+                if name == "load":
                     idle = _resident(process.pid)
-                elif event["event"] == "step":
+                elif name == "step":
                     steps.append(event)
-    if process.wait() != 0:
-        sys.exit(f"the runner failed: {(attempt_dir / 'log').read_text()[-2000:]}")
+        code = process.wait()
+        alarm.cancel()
+    if code != 0:
+        raise Failed(f"the runner failed: {(attempt_dir / 'log').read_text()[-2000:]}")
     outcome = json.loads((attempt_dir / "outcome.json").read_text())
-    return Measured(steps, outcome["facts"], idle)
+    measured = json.loads((attempt_dir / "measured.json").read_text())
+    return Measured(steps, outcome["facts"], measured, idle, marks["begin"] - marks["train"])
 
 
 def _resident(pid: int) -> int:

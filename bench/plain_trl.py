@@ -1,18 +1,21 @@
 """A short plain TRL script: what the runner is compared with, in tests (losses) and in the bench (speed).
 
-Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss and the seconds of every
-optimizer step and the peak resident memory in bytes. It uses nothing of the runner but the demo's files.
+Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: of every optimizer step the loss, the
+seconds and those of them that pass before it begins (data, and the logging of the step before), the seconds
+from the beginning of training to the first step, and the process's memory and card. It uses nothing of the
+runner but the demo's files.
 
 SPEC: method (sft or dpo), model (folder), data (parquet file with image, query, label, or with image,
-question, chosen, rejected), rows, seed, dtype, quantization (dict or null), lora (dict), training (fields of
-SFTConfig or DPOConfig), processor (AutoProcessor keyword arguments).
+question, chosen, rejected), rows, order (indices of the rows of each step; null: TRL's own order), seed,
+device (cpu or cuda), dtype, quantization (dict or null), lora (dict), training (fields of SFTConfig or
+DPOConfig), processor (AutoProcessor keyword arguments).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import resource
 import sys
 import time
 from pathlib import Path
@@ -25,21 +28,29 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, TrainerCallback
+from process_facts import process_facts
+from processors import load_processor
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step, from the end of the one before."""
+    """Seconds of every optimizer step from the end of the one before, and those of them before it began."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
-        self.mark = 0.0
+        self.data_seconds: list[float] = []
+        self.mark = self.first_step = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.mark = time.monotonic()
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        now = time.monotonic()
+        self.first_step = self.first_step or now
+        self.data_seconds.append(now - self.mark)
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         now = time.monotonic()
@@ -64,9 +75,10 @@ def conversation(row: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def rows(spec: dict[str, Any]) -> Dataset:
-    """The first `rows` rows in TRL's form."""
+    """The first `rows` rows in TRL's form; with an order, as often and as they come in it."""
     source = load_dataset("parquet", data_files=spec["data"], split=f"train[:{spec['rows']}]")
-    return Dataset.from_list([conversation(row, spec["method"]) for row in source])
+    dataset = Dataset.from_list([conversation(row, spec["method"]) for row in source])
+    return dataset if spec["order"] is None else dataset.select(itertools.chain(*spec["order"]))
 
 
 def main(spec: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +89,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         dtype=getattr(torch, spec["dtype"]),
         attn_implementation="sdpa",
         quantization_config=quantization,
-        device_map={"": "cpu"},
+        device_map={"": "cpu" if spec["device"] == "cpu" else 0},
     )
     for module in model.modules():
         if isinstance(module, Linear4bit):
@@ -91,7 +103,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
                 "output_dir": "unused",
                 "seed": spec["seed"],
                 "bf16": spec["dtype"] == "bfloat16",
-                "use_cpu": True,
+                "use_cpu": spec["device"] == "cpu",
+                "train_sampling_strategy": "random" if spec["order"] is None else "sequential",
                 "max_length": None,
                 "save_strategy": "no",
                 "report_to": "none",
@@ -101,18 +114,21 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
             }
         ),
         train_dataset=rows(spec),
-        processing_class=AutoProcessor.from_pretrained(spec["model"], backend="pil", **spec["processor"]),
+        processing_class=load_processor(Path(spec["model"]), spec["processor"]),
         peft_config=LoraConfig(task_type="CAUSAL_LM", **spec["lora"]),
         callbacks=[clock],
     )
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    began = time.monotonic()
     trainer.train()
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "data_seconds": clock.data_seconds,
+        "before_seconds": clock.first_step - began,
+        "process": process_facts(),
     }
 
 

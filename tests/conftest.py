@@ -91,6 +91,7 @@ LONGEST = (
     "jobs",
     "shipping",
     "readme",
+    "bench",
     "request",
     "equality",
     "collection",
