@@ -51,6 +51,7 @@ class DpoRun(RunTrainer, DPOTrainer):
         self._references: References | None = None
         self._known: list[bool] = []
         self._learned: list[tuple[list[int], torch.Tensor]] = []
+        self._computed = 0
 
     def attach(
         self,
@@ -89,6 +90,11 @@ class DpoRun(RunTrainer, DPOTrainer):
             except OSError as error:
                 self._channel.send("warning", message=f"reference log-probabilities are not kept: {error}")
 
+    def facts(self) -> dict[str, Any]:
+        if self._references is None:
+            return {"references": None}
+        return {"references": {"known": self._references.known, "computed": self._computed}}
+
     def _known_references(self) -> dict[str, torch.Tensor] | None:
         return None if self._references is None else self._references.tensors()
 
@@ -112,6 +118,7 @@ class DpoRun(RunTrainer, DPOTrainer):
             for learned in from_all(self._learned):
                 for rows, values in learned:
                     self._references.learn(rows, values)
+                    self._computed += len(rows)
         self._learned.clear()
 
     def _reference(self, inputs: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -311,6 +311,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         "gradient_checkpointing": trainer.model.is_gradient_checkpointing,
         "image_backend": models.image_backend(prepared.processor),
         "speed": None if prepared.savings is None else prepared.savings.told(),
+        **trainer.facts(),
         "geometry": plan.geometry.model_dump(),
         "versions": versions(),
     }

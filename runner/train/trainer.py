@@ -92,6 +92,10 @@ class RunTrainer(Trainer):
     def leave(self) -> None:
         """Training is through: leave to other runs what they need not compute again."""
 
+    def facts(self) -> dict[str, Any]:
+        """What the method has to tell of itself, for the outcome."""
+        return {}
+
     def recut(self, cut: Geometry) -> None:
         """Train in micro-batches of another size; only before `train`."""
         self._plan = self._plan.model_copy(update={"geometry": cut})
