@@ -68,7 +68,14 @@ class RunTrainer(Trainer):
         self._channel = channel
         self._evaluate_now = evaluate_now
         self.control_callback = control_callback
-        self._sampler = GlobalBatchSampler(len(rows.dataset), plan.geometry.global_batch_size, plan.job.seed)
+        self._sampler = GlobalBatchSampler(
+            len(rows.dataset),
+            plan.geometry.global_batch_size,
+            plan.job.seed,
+            plan.job.datasets.order,
+            rows.dataset["tokens"][:],
+            rows.dataset["pictures"][:],
+        )
         self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
         self._parent = None if plan.restore is None else plan.restore.name
         self._micro: list[tuple[torch.Tensor, int, int]] = []
