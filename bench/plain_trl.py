@@ -1,7 +1,8 @@
 """A short plain TRL script: what the runner is compared with, in tests (losses) and in the bench (speed).
 
-Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss and the seconds of every
-optimizer step and the peak resident memory in bytes. It uses nothing of the runner but the demo's files.
+Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss, the seconds and the end (seconds
+since 1970) of every optimizer step, and the peak resident memory in bytes. It uses nothing of the runner but
+the demo's files.
 
 SPEC: method (sft or dpo), model (folder), data (parquet file with image, query, label, or with image,
 question, chosen, rejected), rows, seed, dtype, quantization (dict or null), lora (dict), training (fields of
@@ -32,10 +33,11 @@ METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step, from the end of the one before."""
+    """Seconds of every optimizer step, from the end of the one before, and when it ended."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.ended: list[float] = []
         self.mark = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -44,6 +46,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         now = time.monotonic()
         self.seconds.append(now - self.mark)
+        self.ended.append(time.time())
         self.mark = now
 
 
@@ -112,6 +115,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
+        "ended": clock.ended,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
