@@ -1,8 +1,8 @@
 """A short plain TRL script: what the runner is compared with, in tests (losses) and in the bench (speed).
 
-Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss, the seconds and the end (seconds
-since 1970) of every optimizer step, and the peak resident memory in bytes. It uses nothing of the runner but
-the demo's files.
+Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: the loss, the seconds and the end (in
+seconds since 1970) of every optimizer step, and the peak resident memory in bytes. It uses nothing of the
+runner but the demo's files.
 
 SPEC: method (sft or dpo), model (folder), data (parquet file with image, query, label, or with image,
 question, chosen, rejected), rows, seed, dtype, quantization (dict or null), lora (dict), training (fields of
