@@ -2,11 +2,12 @@
 
 Both are started as a person starts them, train the same rows of the same model with the same micro-batch,
 and stop after that step; ours into a fresh run folder, without evaluation, with everything that a run does
-before it trains: the lock, the store, the lease, the check of all rows, the audit of the labels. In turn, and
-the ratio is of the medians. Two models: the demo's, and one at SmolVLM's proportions (`attempt.py`), whose
+before it trains: the lock, the store, the lease, the check of all rows, the audit of the labels. The ratio is
+of the medians. Two models: the demo's, and one at SmolVLM's proportions (`attempt.py`), whose
 step is longer. Two states of the cache of `datasets`, the same for both: cold, a new one for every process,
-and warm, one that a run before has filled. `--auto` leaves the micro-batch to the runner, so that a probe
-comes on top, which plain TRL has not.
+and warm, one that a run before has filled. The two run at once, each on a core of its own, and change cores
+from round to round, so that whatever else the machine does meets both. `--auto` leaves the micro-batch to the
+runner, so that a probe comes on top, which plain TRL has not.
 
 Run as `python bench/start.py [--rounds N] [--model demo|bench] [--cache warm|cold] [--auto]`.
 """
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,25 +70,33 @@ def job(case: Case, auto: bool) -> dict[str, Any]:
     }
 
 
-def ours(case: Case, folder: Path, environ: dict[str, str], auto: bool) -> float:
+def started(command: list[str], folder: Path, environ: dict[str, str], core: int) -> str:
+    """Run a command on one core; returns what it printed. Ends this program when it fails."""
+    done = subprocess.run(
+        ["taskset", "--cpu-list", str(core), *command],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environ,
+    )
+    if done.returncode != 0:
+        sys.exit(f"{command} failed: {done.stdout[-2000:]} {done.stderr[-2000:]}")
+    return done.stdout
+
+
+def ours(case: Case, folder: Path, environ: dict[str, str], core: int, auto: bool) -> float:
     """Seconds from the start of `runner train` to the event of the first step."""
     file = folder / "job.json"
     file.write_text(json.dumps(job(case, auto)))
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, "-m", "runner", "train", str(file), "--runs", str(folder / "runs")],
-        capture_output=True,
-        text=True,
-        env=environ,
-    )
-    if done.returncode != 0:
-        sys.exit(f"the runner failed: {done.stdout[-2000:]} {done.stderr[-2000:]}")
+    command = [sys.executable, "-m", "runner", "train", str(file), "--runs", str(folder / "runs")]
+    started(command, folder, environ, core)
     events = map(json.loads, (folder / "runs" / "start" / "events.jsonl").read_text().splitlines())
     told: float = next(event["time"] for event in events if event["event"] == "step")
     return told - began
 
 
-def plain(case: Case, folder: Path, environ: dict[str, str]) -> float:
+def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> float:
     """Seconds from the start of `bench/plain_trl.py` to the end of its first step."""
     frozen = r"model\.(vision_model|connector)(\..*)?"
     spec = {
@@ -108,16 +118,9 @@ def plain(case: Case, folder: Path, environ: dict[str, str]) -> float:
     file = folder / "plain.json"
     file.write_text(json.dumps(spec))
     began = time.time()
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("plain_trl.py")), str(file)],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environ,
-    )
-    if done.returncode != 0:
-        sys.exit(f"plain TRL failed: {done.stderr[-2000:]}")
-    ended: float = json.loads(done.stdout.splitlines()[-1])["ended"][0]
+    script = str(Path(__file__).absolute().with_name("plain_trl.py"))
+    printed = started([sys.executable, script, str(file)], folder, environ, core)
+    ended: float = json.loads(printed.splitlines()[-1])["ended"][0]
     return ended - began
 
 
@@ -132,6 +135,27 @@ def cases(folder: Path, wanted: list[str]) -> dict[str, Case]:
         build_rows(folder / "rows.parquet", rows=16)
         found["bench"] = Case(folder / "model", folder / "rows.parquet", 16, 1, PROCESSOR)
     return found
+
+
+def one_round(case: Case, root: Path, label: str, turn: int, warm: bool, auto: bool) -> dict[str, float]:
+    """Seconds of both, run at once."""
+
+    def one(who: str, core: int) -> float:
+        folder = root / f"{label}-{turn}-{who}"
+        folder.mkdir()
+        kept = f"cache-{label}-{who}-{'warm' if warm else turn}"
+        environ = {**os.environ, "HF_DATASETS_CACHE": str(root / kept)}
+        return (
+            ours(case, folder, environ, core, auto) if who == "ours" else plain(case, folder, environ, core)
+        )
+
+    cores = sorted(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(2) as pool:
+        both = {
+            who: pool.submit(one, who, cores[(number + turn) % 2])
+            for number, who in enumerate(("ours", "plain TRL"))
+        }
+        return {who: future.result() for who, future in both.items()}
 
 
 def main() -> None:
@@ -149,27 +173,16 @@ def main() -> None:
                 seconds: dict[str, list[float]] = {"ours": [], "plain TRL": []}
                 # Of a warm cache, a round before the first fills it.
                 for turn in range(-1 if cache == "warm" else 0, asked.rounds):
-                    for who in seconds:
-                        kept = "warm" if cache == "warm" else f"{who}-{turn}"
-                        folder = root / f"{label}-{cache}-{turn}-{who}"
-                        folder.mkdir()
-                        environ = {**os.environ, "HF_DATASETS_CACHE": str(root / f"cache-{label}-{kept}")}
-                        took = (
-                            ours(case, folder, environ, asked.auto)
-                            if who == "ours"
-                            else plain(case, folder, environ)
-                        )
-                        if turn >= 0:
-                            seconds[who].append(took)
+                    took = one_round(case, root, f"{label}-{cache}", turn, cache == "warm", asked.auto)
+                    for who, values in seconds.items():
+                        values += [took[who]] if turn >= 0 else []
                 middle = {who: statistics.median(values) for who, values in seconds.items()}
                 shown = ", ".join(
                     f"{who} {middle[who]:.2f} s ({min(values):.2f} to {max(values):.2f})"
                     for who, values in seconds.items()
                 )
-                print(
-                    f"{label}, {cache} cache: {shown}; ratio {middle['ours'] / middle['plain TRL']:.2f}",
-                    flush=True,
-                )
+                ratio = middle["ours"] / middle["plain TRL"]
+                print(f"{label}, {cache} cache: {shown}; ratio {ratio:.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def test_a_step_says_how_long_it_waited_for_slow_images(tmp_path: Path, processe
     if processes == 0:
         assert sum(waited) > 0.7 * took
     assert waited[0] > took / 8
+    assert outcome["facts"]["dataloader_num_workers"] == processes
     assert "data_seconds" not in (tmp_path / "run" / "steps.jsonl").read_text()
 
 

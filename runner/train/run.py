@@ -305,6 +305,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         "optimizer": None if trainer.optimizer is None else type(trainer.optimizer.optimizer).__name__,
         "gradient_checkpointing": trainer.model.is_gradient_checkpointing,
         "image_backend": models.image_backend(prepared.processor),
+        "dataloader_num_workers": trainer.args.dataloader_num_workers,
         "geometry": plan.geometry.model_dump(),
         "versions": versions(),
     }

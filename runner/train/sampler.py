@@ -161,21 +161,25 @@ def _cut(
 def _laid_out(groups: list[list[int]], lengths: Sequence[int], size: int) -> list[int]:
     """The groups of one global batch in such places that few are torn when it is sliced into micro-batches.
 
-    A block of a group is the smallest power of two that holds it. The groups go, the largest block and of
-    equal ones the largest group first, to the first place where their rows lie within one block that starts
-    at a multiple of its size: micro-batches of that power of two, and of its multiples, leave them whole.
-    Groups for which no such place is left are spread over what is free, in their order. At the end the blocks
-    of the largest group's size change places, so that they are sorted by length.
+    Groups of one size stand in a row, sorted by length. Where sizes differ, the block of a group is the
+    smallest power of two that holds it. The groups go, the largest block and of equal ones the largest group
+    first, to the first place where their rows lie within one block that starts at a multiple of its size:
+    micro-batches of that power of two, and of its multiples, leave them whole. Groups for which no such place
+    is left are spread over what is free, in their order. At the end the blocks of the largest group's size
+    change places, so that they are sorted by length.
 
         sizes      in places of 8    torn by micro-batches of 4
         4 4        aaaabbbb          none
         2 3 1 2    bbbcaadd          none
         3 3 2      aaacbbbc          c, for which no place of two is left
     """
+    by_length = sorted(groups, key=lambda group: _longest(group, lengths))
+    if len({len(group) for group in groups}) == 1:
+        return [row for group in by_length for row in group]
     largest = max(_block(group) for group in groups)
     places: list[int | None] = [None] * size
     spread: list[int] = []
-    for group in sorted(groups, key=lambda group: (-_block(group), -len(group), _longest(group, lengths))):
+    for group in sorted(by_length, key=lambda group: (-_block(group), -len(group))):
         start = _place(places, len(group), _block(group))
         if start is None:
             spread += group
