@@ -2,12 +2,14 @@
 
 Both are started as a person starts them, train the same rows of the same model with the same micro-batch,
 and stop after that step; ours into a fresh run folder, without evaluation, with everything that a run does
-before it trains: the lock, the store, the lease, the check of all rows, the audit of the labels. The ratio is
-of the medians. Two models: the demo's, and one at SmolVLM's proportions (`attempt.py`), whose
-step is longer. Two states of the cache of `datasets`, the same for both: cold, a new one for every process,
-and warm, one that a run before has filled. The two run at once, each on a core of its own, and change cores
-from round to round, so that whatever else the machine does meets both. `--auto` leaves the micro-batch to the
-runner, so that a probe comes on top, which plain TRL has not.
+before it trains: the lock, the store, the lease, the check of all rows, the audit of the labels. Two models:
+the demo's, and one at SmolVLM's proportions (`attempt.py`), whose step is longer. Two states of the cache of
+`datasets`, the same for both: cold, a new one for every process, and warm, one that a run before has filled.
+
+The two run at once, each on a core of its own, and change cores from round to round, so that whatever else
+the machine does meets both. The ratio is of the medians. On a busy machine the seconds say little; the CPU
+seconds of all processes are steadier, and count our save and export against us. `--auto` leaves the
+micro-batch to the runner, so that a probe comes on top, which plain TRL has not.
 
 Run as `python bench/start.py [--rounds N] [--model demo|bench] [--cache warm|cold] [--auto]`.
 """
@@ -70,34 +72,48 @@ def job(case: Case, auto: bool) -> dict[str, Any]:
     }
 
 
-def started(command: list[str], folder: Path, environ: dict[str, str], core: int) -> str:
-    """Run a command on one core; returns what it printed. Ends this program when it fails."""
-    done = subprocess.run(
-        ["taskset", "--cpu-list", str(core), *command],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environ,
-    )
-    if done.returncode != 0:
-        sys.exit(f"{command} failed: {done.stdout[-2000:]} {done.stderr[-2000:]}")
-    return done.stdout
+@dataclass(frozen=True)
+class Start:
+    """Of one command."""
+
+    seconds: float
+    """Until the first step has ended."""
+    cpu: float
+    """Of all its processes until the command has ended, in seconds; ours has saved and exported by then."""
 
 
-def ours(case: Case, folder: Path, environ: dict[str, str], core: int, auto: bool) -> float:
-    """Seconds from the start of `runner train` to the event of the first step."""
+def started(command: list[str], folder: Path, environ: dict[str, str], core: int) -> tuple[str, float]:
+    """Run a command on one core: what it printed, and its CPU seconds. Ends this program when it fails."""
+    log = folder / "printed"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            ["taskset", "--cpu-list", str(core), *command],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+            env=environ,
+        )
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        sys.exit(f"{command} failed: {log.read_text()[-2000:]}")
+    return log.read_text(), used.ru_utime + used.ru_stime
+
+
+def ours(case: Case, folder: Path, environ: dict[str, str], core: int, auto: bool) -> Start:
+    """`runner train`, to the event of the first step."""
     file = folder / "job.json"
     file.write_text(json.dumps(job(case, auto)))
     began = time.time()
     command = [sys.executable, "-m", "runner", "train", str(file), "--runs", str(folder / "runs")]
-    started(command, folder, environ, core)
+    _, cpu = started(command, folder, environ, core)
     events = map(json.loads, (folder / "runs" / "start" / "events.jsonl").read_text().splitlines())
     told: float = next(event["time"] for event in events if event["event"] == "step")
-    return told - began
+    return Start(told - began, cpu)
 
 
-def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> float:
-    """Seconds from the start of `bench/plain_trl.py` to the end of its first step."""
+def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> Start:
+    """`bench/plain_trl.py`, to the end of its first step."""
     frozen = r"model\.(vision_model|connector)(\..*)?"
     spec = {
         "method": "sft",
@@ -119,9 +135,9 @@ def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> float
     file.write_text(json.dumps(spec))
     began = time.time()
     script = str(Path(__file__).absolute().with_name("plain_trl.py"))
-    printed = started([sys.executable, script, str(file)], folder, environ, core)
+    printed, cpu = started([sys.executable, script, str(file)], folder, environ, core)
     ended: float = json.loads(printed.splitlines()[-1])["ended"][0]
-    return ended - began
+    return Start(ended - began, cpu)
 
 
 def cases(folder: Path, wanted: list[str]) -> dict[str, Case]:
@@ -137,10 +153,10 @@ def cases(folder: Path, wanted: list[str]) -> dict[str, Case]:
     return found
 
 
-def one_round(case: Case, root: Path, label: str, turn: int, warm: bool, auto: bool) -> dict[str, float]:
-    """Seconds of both, run at once."""
+def one_round(case: Case, root: Path, label: str, turn: int, warm: bool, auto: bool) -> dict[str, Start]:
+    """Both, run at once."""
 
-    def one(who: str, core: int) -> float:
+    def one(who: str, core: int) -> Start:
         folder = root / f"{label}-{turn}-{who}"
         folder.mkdir()
         kept = f"cache-{label}-{who}-{'warm' if warm else turn}"
@@ -170,19 +186,25 @@ def main() -> None:
         root = Path(name)
         for label, case in cases(root, [asked.model] if asked.model else ["demo", "bench"]).items():
             for cache in [asked.cache] if asked.cache else ["warm", "cold"]:
-                seconds: dict[str, list[float]] = {"ours": [], "plain TRL": []}
+                found: dict[str, list[Start]] = {"ours": [], "plain TRL": []}
                 # Of a warm cache, a round before the first fills it.
                 for turn in range(-1 if cache == "warm" else 0, asked.rounds):
                     took = one_round(case, root, f"{label}-{cache}", turn, cache == "warm", asked.auto)
-                    for who, values in seconds.items():
+                    for who, values in found.items():
                         values += [took[who]] if turn >= 0 else []
-                middle = {who: statistics.median(values) for who, values in seconds.items()}
-                shown = ", ".join(
-                    f"{who} {middle[who]:.2f} s ({min(values):.2f} to {max(values):.2f})"
-                    for who, values in seconds.items()
-                )
-                ratio = middle["ours"] / middle["plain TRL"]
-                print(f"{label}, {cache} cache: {shown}; ratio {ratio:.2f}", flush=True)
+                for what in ("seconds", "cpu"):
+                    print(f"{label}, {cache} cache: {compared(found, what)}", flush=True)
+
+
+def compared(found: dict[str, list[Start]], what: str) -> str:
+    """Medians, ranges and the ratio, for a person."""
+    values = {who: [getattr(one, what) for one in starts] for who, starts in found.items()}
+    middle = {who: statistics.median(numbers) for who, numbers in values.items()}
+    shown = ", ".join(
+        f"{who} {middle[who]:.2f} ({min(numbers):.2f} to {max(numbers):.2f})"
+        for who, numbers in values.items()
+    )
+    return f"{what} {shown}; ratio {middle['ours'] / middle['plain TRL']:.2f}"
 
 
 if __name__ == "__main__":
