@@ -38,6 +38,10 @@ from sft_step import LORA, PROCESSOR
 from runner.demo import resolve_dataset, resolve_model
 from runner.supervisor.fetch import cache_folder
 
+ENVIRON = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+"""What is installed is compiled, and so is this checkout by the round before the first: else its three
+processes would compile it every time, which takes half a second."""
+
 SEED = 5
 TRAINING = {"max_steps": 1, "learning_rate": 1e-3, "gradient_checkpointing": True}
 
@@ -160,7 +164,7 @@ def one_round(case: Case, root: Path, label: str, turn: int, warm: bool, auto: b
         folder = root / f"{label}-{turn}-{who}"
         folder.mkdir()
         kept = f"cache-{label}-{who}-{'warm' if warm else turn}"
-        environ = {**os.environ, "HF_DATASETS_CACHE": str(root / kept)}
+        environ = {**ENVIRON, "HF_DATASETS_CACHE": str(root / kept)}
         return (
             ours(case, folder, environ, core, auto) if who == "ours" else plain(case, folder, environ, core)
         )
@@ -187,8 +191,7 @@ def main() -> None:
         for label, case in cases(root, [asked.model] if asked.model else ["demo", "bench"]).items():
             for cache in [asked.cache] if asked.cache else ["warm", "cold"]:
                 found: dict[str, list[Start]] = {"ours": [], "plain TRL": []}
-                # Of a warm cache, a round before the first fills it.
-                for turn in range(-1 if cache == "warm" else 0, asked.rounds):
+                for turn in range(-1, asked.rounds):  # the round before the first fills the warm cache
                     took = one_round(case, root, f"{label}-{cache}", turn, cache == "warm", asked.auto)
                     for who, values in found.items():
                         values += [took[who]] if turn >= 0 else []
