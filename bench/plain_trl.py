@@ -1,9 +1,9 @@
 """A short plain TRL script: what the runner is compared with, in tests (losses) and in the bench (speed).
 
 Run as `python bench/plain_trl.py SPEC.json`; prints one JSON object: of every optimizer step the loss, the
-seconds and those of them that pass before it begins (data, and the logging of the step before), the seconds
-from the beginning of training to the first step, and the process's memory and card. It uses nothing of the
-runner but the demo's files.
+seconds, those of them that pass before it begins (data, and the logging of the step before) and its end
+(seconds since 1970); the seconds from the beginning of training to the first step; the process's memory and
+card. It uses nothing of the runner but the demo's files.
 
 SPEC: method (sft or dpo), model (folder), data (parquet file with image, query, label, or with image,
 question, chosen, rejected), rows, order (indices of the rows of each step; null: TRL's own order), seed,
@@ -37,11 +37,13 @@ METHODS = {"sft": (SFTTrainer, SFTConfig), "dpo": (DPOTrainer, DPOConfig)}
 
 
 class Clock(TrainerCallback):
-    """Seconds of every optimizer step from the end of the one before, and those of them before it began."""
+    """Seconds of every optimizer step from the end of the one before, those of them before it began, and when
+    it ended."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.data_seconds: list[float] = []
+        self.ended: list[float] = []
         self.mark = self.first_step = 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -55,6 +57,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         now = time.monotonic()
         self.seconds.append(now - self.mark)
+        self.ended.append(time.time())
         self.mark = now
 
 
@@ -127,6 +130,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         "seconds": clock.seconds,
         "data_seconds": clock.data_seconds,
+        "ended": clock.ended,
         "before_seconds": clock.first_step - began,
         "process": process_facts(),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.attempts import JOB, run, steps
+from tests.attempts import JOB, merged, run, steps
 from tests.plain import plain_trl
 
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
@@ -41,3 +42,31 @@ def test_a_global_batch_is_the_same_however_it_is_cut(tmp_path: Path, rows: int)
     assert len(cuts[1]) == 4
     assert all(len(step["ids"]) == 8 for step in cuts[1])
     assert {index for step in cuts[1][:2] for index in step["ids"]} == set(range(rows))
+
+
+@pytest.mark.parametrize("order", ["by_length", "by_image"])
+def test_a_resume_in_mid_epoch_goes_on_in_the_order_of_the_job(tmp_path: Path, order: str) -> None:
+    """Saved after step 1 of 2 an epoch. In the same cut it ends with the same bytes, in another one it sees
+    the same rows."""
+    changes = {
+        "datasets": {"order": order},
+        "lora": {"lora_dropout": 0.1},
+        "training": {"per_device_train_batch_size": 2, "dataloader_num_workers": 1},
+        "checkpoints": {"save_steps": 1},
+    }
+    outcome, events = run(tmp_path / "whole", changes)
+    assert outcome["outcome"] == "done"
+    whole = steps(events)
+    assert {index for step in whole[:2] for index in step["ids"]} == set(range(16))
+    (saved,) = (tmp_path / "whole" / "outbox").glob("00000001*")
+    adapters = []
+    for size in (2, 4):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        restored = shutil.copytree(saved, folder / "restored" / saved.name)
+        cut = merged(changes, {"training": {"per_device_train_batch_size": size}})
+        outcome, events = run(folder / "run", cut, attempt=2, restore=restored)
+        assert outcome["outcome"] == "done"
+        assert [step["ids"] for step in steps(events)] == [step["ids"] for step in whole[1:]]
+        adapters.append((folder / "run" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == (tmp_path / "whole" / "adapter" / "adapter_model.safetensors").read_bytes()

@@ -38,6 +38,7 @@ SIGNATURES = {
     "_load_rng_state": ["self", "checkpoint"],
     "create_optimizer": ["self", "model"],
     "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
+    "_prepare_input": ["self", "data"],
     "get_batch_samples": ["self", "epoch_iterator", "num_batches", "device"],
     "training_step": ["self", "model", "inputs", "num_items_in_batch"],
     "prediction_step": ["self", "model", "inputs", "prediction_loss_only", "ignore_keys"],

@@ -160,3 +160,11 @@ QUANTIZATION: dict[str, Owned] = {
 """Fields of transformers.BitsAndBytesConfig."""
 
 OWNED: dict[str, dict[str, Owned]] = {"training": TRAINING, "lora": LORA, "quantization": QUANTIZATION}
+
+DEFAULTS: dict[str, str] = {
+    "dataloader_num_workers": "with a GPU 1 to 8, as cores and shared memory allow, else 0",
+    "dataloader_prefetch_factor": "2, or as many as have the micro-batches of a whole step ready",
+    "dataloader_persistent_workers": "true where there are workers",
+    "dataloader_pin_memory": "true with a GPU, else false",
+}
+"""Fields of `training` whose default is ours and depends on the machine (`runner.train.loading`)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from runner.job.ownership import OWNED, Owned
+from runner.job.ownership import DEFAULTS, OWNED, Owned
 from runner.manifest import Job
 
 METHODS: dict[str, str] = {"sft": "SFTConfig", "dpo": "DPOConfig"}
@@ -36,9 +36,21 @@ INIT_FROM = {
 
 
 def passed_through(config: str, upstream: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an upstream class that a job may set, with their schemas."""
+    """The fields of an upstream class that a job may set, with their schemas; where the default is ours the
+    description says it."""
     fields: dict[str, Any] = upstream[config]
-    return {name: schema for name, schema in fields.items() if name not in OWNED[SECTIONS[config]]}
+    return {
+        name: _with_our_default(name, schema) if SECTIONS[config] == "training" else schema
+        for name, schema in fields.items()
+        if name not in OWNED[SECTIONS[config]]
+    }
+
+
+def _with_our_default(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    if name not in DEFAULTS:
+        return schema
+    said = f"{schema['description']}. Default: {DEFAULTS[name]}"
+    return {**{key: value for key, value in schema.items() if key != "default"}, "description": said}
 
 
 def job_schema(upstream: dict[str, Any]) -> dict[str, Any]:

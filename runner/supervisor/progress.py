@@ -42,6 +42,9 @@ SLOW_STORE = 3.0
 _WINDOW = 20
 """Steps that rates and ETA are averaged over."""
 
+_SLOW_DATA = 0.02
+"""Share of the time that training may wait for data before a person is told."""
+
 
 class _Output(Console):
     """A console whose reader may leave: then it is quiet, and nothing fails at exit either."""
@@ -75,7 +78,7 @@ class Screen:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._phase = ""
-        self._rates: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW)
+        self._rates: deque[tuple[float, int, int, float]] = deque(maxlen=_WINDOW)
         self._last_line: dict[str, tuple[float, int]] = {}
 
     def show(self, event: Event) -> None:
@@ -155,13 +158,16 @@ class Screen:
 
     def _on_step(self, event: Event) -> None:
         step, steps = int(event["step"]), int(event["steps"])
-        self._rates.append((float(event["seconds"]), int(event["tokens"]), int(event["images"])))
+        waited = float(event.get("data_seconds", 0.0))
+        self._rates.append((float(event["seconds"]), int(event["tokens"]), int(event["images"]), waited))
         seconds = sum(rate[0] for rate in self._rates) or float("inf")
         parts = [
             f"loss {event['loss']:.4f}",
             f"{sum(rate[1] for rate in self._rates) / seconds:,.0f} tokens/s",
             f"{sum(rate[2] for rate in self._rates) / seconds:.1f} images/s",
         ]
+        if (share := sum(rate[3] for rate in self._rates) / seconds) >= _SLOW_DATA:
+            parts.append(f"{share:.0%} waiting for data")
         if event.get("memory_bytes"):
             parts.append(f"{event['memory_bytes'] / 2**30:.2f} GiB")
         if step < steps:

@@ -16,7 +16,7 @@ from trl import DPOConfig, SFTConfig, SFTTrainer
 
 from runner.errors import JobError, Problem
 from runner.plan import Plan
-from runner.train import placement
+from runner.train import loading, placement
 from runner.train.callbacks import SaveAndStop
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows
@@ -60,6 +60,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
                 "per_device_train_batch_size": plan.geometry.per_device,
                 "gradient_accumulation_steps": plan.geometry.accumulation,
                 **placement.arguments(plan),
+                **loading.arguments(plan, loading.Room.here()),
                 "use_cpu": device().type == "cpu",
                 "max_length": None,  # image tokens are never truncated; `datasets.max_length` decides before
                 "save_strategy": "no",  # `SaveAndStop` decides

@@ -312,6 +312,7 @@ def _facts(plan: Plan, model: torch.nn.Module, trainer: RunTrainer, prepared: Pr
         "image_backend": models.image_backend(prepared.processor),
         "speed": None if prepared.savings is None else prepared.savings.told(),
         **trainer.facts(),
+        "dataloader_num_workers": trainer.args.dataloader_num_workers,
         "geometry": plan.geometry.model_dump(),
         "versions": versions(),
     }

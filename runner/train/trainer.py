@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from runner.checkpoint.files import publish, seal
 from runner.durable import disk
 from runner.errors import DataError, RunnerError
 from runner.plan import Geometry, Plan, batch_record, checkpoint_id
-from runner.train import placement, rng, state
+from runner.train import loading, placement, rng, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
@@ -76,12 +76,20 @@ class RunTrainer(Trainer):
         self._channel = channel
         self._evaluate_now = evaluate_now
         self.control_callback = control_callback
-        self._sampler = GlobalBatchSampler(len(rows.dataset), plan.geometry.global_batch_size, plan.job.seed)
+        self._sampler = GlobalBatchSampler(
+            len(rows.dataset),
+            plan.geometry.global_batch_size,
+            plan.job.seed,
+            plan.job.datasets.order,
+            rows.dataset["tokens"][:],
+            rows.dataset["pictures"][:],
+        )
         self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
         self._parent = None if plan.restore is None else plan.restore.name
         self._micro: list[tuple[torch.Tensor, int, int]] = []
         self._step_rows: list[list[int]] = []
         self._micro_rows: list[int] = []
+        self._waited = 0.0
         self._given: torch.optim.Optimizer | None = None
         self._names: list[list[str]] = []
         self._began = time.monotonic()
@@ -101,6 +109,8 @@ class RunTrainer(Trainer):
         self._plan = self._plan.model_copy(update={"geometry": cut})
         self.args.per_device_train_batch_size = self._train_batch_size = cut.per_device
         self.args.gradient_accumulation_steps = cut.accumulation
+        for name, value in loading.arguments(self._plan, loading.Room.here()).items():
+            setattr(self.args, name, value)
 
     # --- the order of rows ---
 
@@ -124,9 +134,13 @@ class RunTrainer(Trainer):
 
     # --- the record of steps ---
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Any]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], *args: Any, **kwargs: Any
+    ) -> tuple[list[dict[str, Any]], Any]:
         """Upstream's micro-batches of one step; names their rows before they can do harm."""
-        samples, items = super().get_batch_samples(*args, **kwargs)
+        timed = loading.Timed(epoch_iterator)
+        samples, items = super().get_batch_samples(timed, *args, **kwargs)
+        self._waited = timed.seconds
         ranks = from_all([sample["row_index"].tolist() for sample in samples])
         # The sampler's order: a micro-batch of every rank, then the next one.
         self._step_rows = [[index for rows in turn for index in rows] for turn in zip(*ranks, strict=True)]
@@ -137,6 +151,12 @@ class RunTrainer(Trainer):
     def _ids(self) -> list[int]:
         """The rows of the step, all ranks', in the sampler's order."""
         return [index for rows in self._step_rows for index in rows]
+
+    def _prepare_input(self, data: Any) -> Any:
+        """Upstream's, which waits for every copy to the GPU; from pinned memory nobody has to."""
+        if isinstance(data, torch.Tensor) and self.args.device.type == "cuda" and data.is_pinned():
+            data = data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -169,7 +189,7 @@ class RunTrainer(Trainer):
 
     def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
         mine = [float(sum(values)) for values in zip(*self._micro, strict=True)]
-        losses, tokens, images = zip(*from_all(mine), strict=True)
+        losses, tokens, images, waited = zip(*from_all([*mine, self._waited]), strict=True)
         # Every rank's is of its own rows, scaled so that the mean over ranks is that of the global batch.
         loss = sum(losses) / len(losses)
         norm = math.nan if grad_norm is None else float(grad_norm)
@@ -199,6 +219,7 @@ class RunTrainer(Trainer):
             images=step.images,
             ids=step.rows,
             seconds=time.monotonic() - self._began,
+            data_seconds=max(waited),  # all wait for the slowest
             memory_bytes=peak_memory(),
         )
 
