@@ -12,12 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Image, load_dataset
 from transformers import AutoConfig
 
 from runner.train.data.sharing import Branches, Sharing, found, image_sets
 from runner.train.models.architectures import ARCHITECTURES
 from runner.train.models.packing import pack
 from runner.train.models.shared import packs
+from tests.attempts import charts, run, steps
 from tests.test_architectures import MISSING, SHIM, TORCHVISION
 from tests.tiny_models import MAKERS, NEED_TORCHVISION
 
@@ -162,3 +164,58 @@ def test_rows_are_laid_out_as_sequences() -> None:
 def test_models_whose_rows_run_as_one(name: str, attention: str, longest: int, reason: str | None) -> None:
     said = packs(AutoConfig.for_model(name), attention, longest)
     assert said is None if reason is None else reason in (said or "")
+
+
+# --- in a run ---
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three questions about each of four charts."""
+    file = tmp_path_factory.mktemp("questions") / "questions.parquet"
+    charts_ = load_dataset("parquet", data_files=str(next(charts().glob("data/train*"))), split="train[:4]")
+    charts_ = charts_.cast_column("image", Image(decode=False))
+    rows = [
+        {"image": row["image"], "query": row["query"] + more, "label": row["label"]}
+        for row in charts_
+        for more in ("", " Say it.", " And how many?")
+    ]
+    Dataset.from_list(rows).cast_column("image", Image()).to_parquet(file)
+    return file
+
+
+def job(**speed: bool) -> dict[str, Any]:
+    source = {
+        "path": "questions.parquet",
+        "split": "train",
+        "format": "vqa",
+        "columns": {"question": "query", "answer": "label"},
+    }
+    return {
+        "datasets": {"train": [source], "order": "by_image"},
+        "training": {"global_batch_size": 6, "per_device_train_batch_size": 3, "num_train_epochs": 2},
+        "speed": speed,
+        "checkpoints": {"save_steps": 1},
+    }
+
+
+def adapter(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_that_shares_has_the_losses_of_one_that_does_not_and_resumes_byte_identically(
+    tmp_path: Path, questions: Path
+) -> None:
+    apart, told = run(tmp_path / "apart", job(encode_once=False, share_prompt=False), data=questions)
+    expected = [(step["ids"], step["loss"]) for step in steps(told)]
+    assert apart["facts"]["speed"]["share_prompt"] == "speed says no"
+    for name, speed in (("once", {"share_prompt": False}), ("all", {})):
+        outcome, told = run(tmp_path / name, job(**speed), data=questions)
+        assert outcome["facts"]["speed"]["encode_once"] is None
+        assert [step["ids"] for step in steps(told)] == [ids for ids, _ in expected]
+        assert [step["loss"] for step in steps(told)] == pytest.approx(
+            [loss for _, loss in expected], abs=1e-5
+        )
+    (saved,) = (tmp_path / "all" / "outbox").glob("00000003-*")
+    run(tmp_path / "again", job(), data=questions, attempt=2, restore=saved)
+    assert adapter(tmp_path / "again") == adapter(tmp_path / "all")

@@ -160,7 +160,7 @@ def collated(job: Job, fetched: Fetched) -> list[dict[str, int]]:
     """Of every training row: its tokens as a batch of one has them, and those of them that hold an image."""
     processor = models.load_processor(job, fetched.model)
     rows = preparation.train_rows(job, fetched.train, processor, preparation.token_limit(job, fetched.model))
-    collate = preparation.collator(job, processor, rows, savings(job, rows, fetched.model))
+    collate = preparation.collator(job, processor, rows, savings(job, rows, processor, fetched.model))
     found = []
     for row in rows.dataset:
         ids = collate([row])["input_ids"]

@@ -64,7 +64,7 @@ class DpoRun(RunTrainer, DPOTrainer):
     ) -> None:
         super().attach(plan, rows, channel, evaluate_now, control_callback, applied)
         if self.ref_model is not None:
-            SharedImages(self.ref_model, frozen=False)
+            SharedImages(self.accelerator.unwrap_model(self.ref_model), frozen=False)
         if applied.cache_reference is None:
             self._references = References(rows.dataset["digest"][:])
             if plan.restore is None and plan.references is not None:

@@ -92,7 +92,7 @@ class _Inspection:
         def prepare() -> tuple[Rows, Collator, DataFacts]:
             limit = preparation.token_limit(job, folder)
             rows = preparation.train_rows(job, self.fetched.train, processor, limit, self.at_most)
-            applied = savings(job, rows, folder)
+            applied = savings(job, rows, processor, folder)
             collator = preparation.collator(job, processor, rows, applied)
             everything = len(rows.dataset) + len(rows.skipped) == total
             vision = models.load_config(folder).vision_config

@@ -135,7 +135,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     with first_on_machine():
         if plan.purpose == "train":
             train_rows = preparation.train_rows(job, plan.fetched.train, processor, limit)
-            applied = savings(job, train_rows, plan.fetched.model)
+            applied = savings(job, train_rows, processor, plan.fetched.model)
             collator = preparation.collator(job, processor, train_rows, applied)
             channel.send("audit", lines=audit(train_rows, collator, processor))
         eval_rows = preparation.eval_rows(job, plan.fetched.eval, processor, limit)

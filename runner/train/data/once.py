@@ -42,15 +42,19 @@ class Once:
     def showing(self, sets: Groups) -> Iterator[None]:
         """Inside, the rows of a call with images show these image sets."""
         self._sets = sets
-        yield
-        self._sets = None
+        try:
+            yield
+        finally:
+            self._sets = None
 
     @contextlib.contextmanager
     def twice(self) -> Iterator[None]:
         """Inside, the rows of a call with images are some rows and then the same once more."""
         self._pairs = True
-        yield
-        self._pairs = False
+        try:
+            yield
+        finally:
+            self._pairs = False
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
         if images is None or not self._pairs:

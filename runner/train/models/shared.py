@@ -97,9 +97,12 @@ class SharedImages:
     def kept(self) -> Iterator[None]:
         """Inside, all forwards are of one batch: a frozen tower encodes its images in the first one."""
         self._kept = _Kept() if self._frozen else None
-        yield
-        self._kept = None
+        try:
+            yield
+        finally:
+            self._kept = None
 
+    @torch.compiler.disable(recursive=False)  # a layout of its own every time; what it calls is compiled
     def _run(self, sharing: Sharing, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, **self._positions(sharing, inputs)}
         if not (sharing.packs and inputs.get("fused_lm_head")):
@@ -153,9 +156,12 @@ class SharedImages:
     @contextlib.contextmanager
     def _showing(self, order: Sequence[int], sharing: Sharing) -> Iterator[None]:
         self._shown = (order, sharing)
-        yield
-        self._shown = None
+        try:
+            yield
+        finally:
+            self._shown = None
 
+    @torch.compiler.disable(recursive=False)
     def _features(self, *args: Any, **kwargs: Any) -> ModelOutput:
         if self._kept is None:
             made = self._encode(*args, **kwargs)
