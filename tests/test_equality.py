@@ -16,9 +16,14 @@ FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_comput
 
 @pytest.mark.parametrize("quantization", [None, FOUR_BIT], ids=["float32", "4-bit"])
 def test_our_losses_are_plain_trls_bit_for_bit(tmp_path: Path, quantization: dict[str, Any] | None) -> None:
-    """Frozen parts without autograd, our collator and our sampler change no arithmetic in float32."""
+    """Frozen parts without autograd, our collator and our sampler change no arithmetic in float32. Rows that
+    share a prompt round otherwise in the last bit (`tests/test_shared.py`)."""
     theirs = plain_trl(tmp_path / "plain", quantization, {})
-    changes = {"quantization": quantization, "training": {"per_device_train_batch_size": 4}}
+    changes = {
+        "quantization": quantization,
+        "training": {"per_device_train_batch_size": 4},
+        "speed": {"share_prompt": False},
+    }
     _, events = run(tmp_path / "ours", changes)
     ours = [step["loss"] for step in steps(events)]
     assert len(ours) == 4
