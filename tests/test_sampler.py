@@ -172,6 +172,14 @@ def test_a_group_larger_than_a_global_batch_fills_whole_ones() -> None:
     assert batches.count({"one"}) >= 2
 
 
+def test_rows_that_show_nothing_are_no_group() -> None:
+    """Rows of text among charts: each goes where its length belongs."""
+    lengths, pictures = charts(300, [2])
+    lengths += log_normal(2000, 0.8)
+    order = by_image(lengths, [*pictures, *[None] * 2000], 32, 1, 0)
+    assert padding(order, lengths, 8) < 0.05
+
+
 @pytest.mark.parametrize("order", ["shuffled", "by_length", "by_image"])
 def test_the_sampler_yields_the_order_that_the_job_names(order: Order) -> None:
     lengths, pictures = charts(30, [1, 3])
