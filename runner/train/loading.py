@@ -8,6 +8,7 @@ What a job sets itself stays. Bits do not depend on any of it: a collator draws 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from runner.errors import DataError
 from runner.plan import Plan
 from runner.train.world import device, world
 
@@ -97,6 +99,16 @@ def arguments(plan: Plan, room: Room) -> dict[str, Any]:
         ours["dataloader_persistent_workers"] = True
         ours["dataloader_prefetch_factor"] = prefetch(count, cut.accumulation, cut.per_device)
     return {**ours, **given}
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """What a worker says of a row, as it said it: PyTorch puts the worker's traceback before it."""
+    try:
+        yield
+    except DataError as error:
+        said = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")[2]
+        raise DataError(said.strip()) from error
 
 
 class Timed:
