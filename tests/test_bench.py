@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import transformers
 
+from runner.manifest import Job
+
 ROOT = Path(__file__).parents[1]
 Modules = dict[str, ModuleType]
 NAMES = ("speed", "speed_cases", "speed_flops", "speed_models", "speed_record", "speed_runs", "speed_table")
@@ -196,6 +198,19 @@ def test_the_kept_results_passed_the_comparison(bench: Modules) -> None:
 
 
 # --- what is run ---
+
+
+def test_the_start_is_measured_against_a_whole_spec(bench: Modules, tmp_path: Path) -> None:
+    """Of `bench/start.py`; that the fields of a spec are all that plain TRL needs, `tests/plain.py` shows."""
+    start, cases = importlib.import_module("start"), bench["speed_cases"]
+    case = start.Case(tmp_path / "model", tmp_path / "rows.parquet", 16, 1, {})
+    model = bench["speed_models"].TINY["proportions"]
+    whole = cases.spec(cases.CASES["sft"], model, 3, tmp_path, case.data, [[0]], "cpu")
+    spec = start.spec(case)
+    assert spec.keys() == whole.keys()
+    job = Job.model_validate(start.job(case, auto=False))
+    assert spec["training"]["per_device_train_batch_size"] == job.training.global_batch_size == 1
+    assert spec["lora"] == {**(job.lora or {}), "exclude_modules": model.frozen}
 
 
 def test_the_commands_of_the_page_name_what_there_is(bench: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
