@@ -3,7 +3,9 @@
     with a GPU       its processes decode ahead, into pinned memory, and live for the whole run
     without          none: the training has the cores, and whoever decodes takes them away
 
-What a job sets itself stays. Bits do not depend on any of it: a collator draws nothing.
+What a job sets itself stays. A collator draws nothing, so that bits depend on none of it, but for this: where
+processes do not live for the whole run, or there are none, PyTorch takes a number an epoch from the CPU's
+generator, which dropout on a CPU draws from, too.
 """
 
 from __future__ import annotations
