@@ -12,6 +12,7 @@ torchvision.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,8 @@ def _build_qwen(model: Model, folder: Path, device: str) -> None:
 
     from tests.tiny_models import MAKERS
 
+    if importlib.util.find_spec("torchvision") is None:
+        raise SystemExit("qwen2vl-7b: its processor needs torchvision; remedy: install it beside torch")
     tiny = MAKERS["qwen2_vl"]()
     fields = tiny.config.to_dict()
     if model.text is not None:

@@ -31,9 +31,11 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for both, as the supervisor sets it for trainers
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from attempt import build_model, build_rows
-from sft_step import LORA, PROCESSOR
+from speed_cases import LORA
+from speed_models import IDEFICS3, TILES
 
 from runner.demo import resolve_dataset, resolve_model
 from runner.supervisor.fetch import cache_folder
@@ -66,7 +68,7 @@ def job(case: Case, auto: bool) -> dict[str, Any]:
         "method": "sft",
         "seed": SEED,
         "model": {"name_or_path": str(case.model), "dtype": "float32", "processor": case.processor},
-        "lora": {**LORA, "target_modules": "all-linear"},
+        "lora": LORA,
         "datasets": {"train": [source]},
         "training": {
             **TRAINING,
@@ -116,27 +118,32 @@ def ours(case: Case, folder: Path, environ: dict[str, str], core: int, auto: boo
     return Start(told - began, cpu)
 
 
-def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> Start:
-    """`bench/plain_trl.py`, to the end of its first step."""
-    frozen = r"model\.(vision_model|connector)(\..*)?"
-    spec = {
+def spec(case: Case) -> dict[str, Any]:
+    """The case for `bench/plain_trl.py`, which draws the same order of rows."""
+    return {
         "method": "sft",
         "model": str(case.model),
         "data": str(case.data),
         "rows": case.rows,
+        "order": None,
         "seed": SEED,
+        "device": "cpu",
         "dtype": "float32",
         "quantization": None,
         "processor": case.processor,
-        "lora": {**LORA, "target_modules": "all-linear", "exclude_modules": frozen},
+        "lora": {**LORA, "exclude_modules": IDEFICS3["frozen"]},
         "training": {
             **TRAINING,
             "per_device_train_batch_size": case.batch,
             "gradient_accumulation_steps": 1,
         },
     }
+
+
+def plain(case: Case, folder: Path, environ: dict[str, str], core: int) -> Start:
+    """`bench/plain_trl.py`, to the end of its first step."""
     file = folder / "plain.json"
-    file.write_text(json.dumps(spec))
+    file.write_text(json.dumps(spec(case)))
     began = time.time()
     script = str(Path(__file__).absolute().with_name("plain_trl.py"))
     printed, cpu = started([sys.executable, script, str(file)], folder, environ, core)
@@ -153,7 +160,7 @@ def cases(folder: Path, wanted: list[str]) -> dict[str, Case]:
     if "bench" in wanted:
         build_model(folder / "model")
         build_rows(folder / "rows.parquet", rows=16)
-        found["bench"] = Case(folder / "model", folder / "rows.parquet", 16, 1, PROCESSOR)
+        found["bench"] = Case(folder / "model", folder / "rows.parquet", 16, 1, TILES)
     return found
 
 

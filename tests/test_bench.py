@@ -9,11 +9,13 @@ import re
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import transformers
+
+from runner.manifest import Job
 
 ROOT = Path(__file__).parents[1]
 Modules = dict[str, ModuleType]
@@ -198,6 +200,19 @@ def test_the_kept_results_passed_the_comparison(bench: Modules) -> None:
 # --- what is run ---
 
 
+def test_the_start_is_measured_against_a_whole_spec(bench: Modules, tmp_path: Path) -> None:
+    """Of `bench/start.py`; that the fields of a spec are all that plain TRL needs, `tests/plain.py` shows."""
+    start, cases = importlib.import_module("start"), bench["speed_cases"]
+    case = start.Case(tmp_path / "model", tmp_path / "rows.parquet", 16, 1, {})
+    model = bench["speed_models"].TINY["proportions"]
+    whole = cases.spec(cases.CASES["sft"], model, 3, tmp_path, case.data, [[0]], "cpu")
+    spec = start.spec(case)
+    assert spec.keys() == whole.keys()
+    job = Job.model_validate(start.job(case, auto=False))
+    assert spec["training"]["per_device_train_batch_size"] == job.training.global_batch_size == 1
+    assert spec["lora"] == {**(job.lora or {}), "exclude_modules": model.frozen}
+
+
 def test_the_commands_of_the_page_name_what_there_is(bench: Modules, monkeypatch: pytest.MonkeyPatch) -> None:
     text = bench["speed_table"].PAGE.read_text("utf-8")
     commands = re.findall(r"^\.venv/bin/python bench/speed\.py(.*?)(?:  +#.*)?$", text, re.MULTILINE)
@@ -242,6 +257,20 @@ def test_a_lever_of_upstream_may_fail_and_one_of_ours_may_not(
     ]
 
 
+def test_a_variant_that_took_other_rows_fails(
+    bench: Modules, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs_of, case = bench["speed_runs"], bench["speed_cases"].CASES["sft"]
+    steps = [{"ids": [0], "loss": 1.0, "seconds": 1.0}]
+    monkeypatch.setattr(
+        runs_of, "trainer", lambda *_: SimpleNamespace(steps=steps, process={}, before_seconds=0.0)
+    )
+    runs = runs_of.Runs(case, 1, tmp_path / "rows", sample=None, order=[[1]])
+    there = runs_of.Bench(bench["speed_models"].TINY["smolvlm"], "cpu", tmp_path, time.monotonic() + 100)
+    with pytest.raises(runs_of.Failed, match="other rows"):
+        runs_of._ours(there, runs, case.variants("cpu")[0], 0)
+
+
 def test_model_flops_are_those_of_the_formula(bench: Modules) -> None:
     """One layer of width 2 each, counted by hand."""
     flops = bench["speed_flops"]
@@ -253,6 +282,11 @@ def test_model_flops_are_those_of_the_formula(bench: Modules) -> None:
     assert flops.flops(model, row, "sft", reference=True) == seen + 2 * linear + 3 * attention
     assert flops.flops(model, row, "dpo", reference=True) == seen + 3 * linear + 4 * attention
     assert flops.flops(model, row, "dpo", reference=False) == seen + 2 * linear + 3 * attention
+    # Four questions about one image: what they share is done once, and counted as a quarter of it for each.
+    row = flops.Sample(3, 4, 6, 10.0, (2.0,), 1.0, 4)
+    linear = 2 * (100 * (10 / 4 + 2) + 7 * 1)
+    attention = 4 * 2 * (10 * 10 / 4 + 2 * 12)
+    assert flops.flops(model, row, "sft", reference=True) == seen / 4 + 2 * linear + 3 * attention
     assert flops.peak("NVIDIA H200")["flops"] == 989e12
     assert flops.peak("Another card") is None
 

@@ -476,6 +476,7 @@ def test_a_source_of_text_goes_with_one_of_images(tmp_path: Path, processor: Pro
     made = rows(processor, bare, shown)
     assert made.dataset["image_count"][:] == [0, 0, 1]
     assert made.notes == ("datasets.train[0]: bare.jsonl[train] has no column of images: its rows are text",)
+    assert made.dataset["pictures"][:2] == [None, None]  # they show nothing in common
     collator = Collator(processor, made.form, torch.float32)
     assert audit(made, collator, processor)
     assert made.dataset["tokens"][:] == batch_of(made, collator)["attention_mask"].sum(dim=1).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from pathlib import Path
@@ -143,6 +144,31 @@ def test_a_step_says_how_long_it_waited_for_slow_images(tmp_path: Path, processe
     assert waited[0] > took / 8
     assert outcome["facts"]["dataloader_num_workers"] == processes
     assert "data_seconds" not in (tmp_path / "run" / "steps.jsonl").read_text()
+
+
+def test_a_bad_image_in_a_worker_is_one_line(tmp_path: Path) -> None:
+    """It was there when the rows were checked; PyTorch puts a traceback before what the worker says."""
+    lines = []
+    for number in range(8):
+        Image.new("RGB", (40, 30), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        lines.append(json.dumps({"image": f"{number}.png", "query": f"What is {number}?", "label": "1"}))
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(lines))
+
+    def damage(event: Event) -> None:
+        if event["event"] == "audit":
+            for picture in tmp_path.glob("*.png"):
+                picture.write_bytes(b"no picture")
+
+    changes = {
+        "datasets": {"train": [{**SOURCE, "path": str(file)}]},
+        "training": {"dataloader_num_workers": 1},
+    }
+    outcome, _ = run(tmp_path / "run", changes, data=file, on_event=damage)
+    assert (outcome["outcome"], outcome["exit_code"]) == ("failed", 65)
+    assert outcome["error"].startswith(f"{file}")
+    assert "It was readable when the rows were checked" in outcome["error"]
+    assert "Traceback" not in outcome["error"] and "\n" not in outcome["error"]
 
 
 @pytest.mark.parametrize(("waited", "said"), [(0.0, False), (0.01, False), (0.5, True), (None, False)])

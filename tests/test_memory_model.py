@@ -92,6 +92,14 @@ def term(found: Estimate, name: str) -> Term:
     return next(one for one in found.terms if one.name == name)
 
 
+def saving(*names: str) -> DataFacts:
+    """Rows with these of `speed` in force."""
+    every = ("encode_once", "share_prompt", "cache_reference")
+    return data().model_copy(
+        update={"savings": {name: None if name in names else "speed says no" for name in every}}
+    )
+
+
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("HF_HUB_OFFLINE", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES"):
@@ -260,6 +268,31 @@ def test_more_tokens_and_tiles_take_more(device: Device) -> None:
     tower = [said({"method": "dpo"}, rows=data(1200, tiles * 729), device=device) for tiles in (1, 13, 40)]
     assert tower == sorted(tower, key=lambda one: one.high)
     assert tower[0].high < tower[1].high < tower[2].high
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_a_pair_shares_is_there_once(device: Device) -> None:
+    pair = {"method": "dpo"}
+    apart, once, prefix = (
+        said(pair, rows=rows, device=device)
+        for rows in (saving(), saving("encode_once"), saving("encode_once", "share_prompt"))
+    )
+    assert apart == said(pair, device=device)  # records from before know of no savings
+    assert term(once, "batch").high < term(apart, "batch").high
+    assert term(once, "activations, text") == term(apart, "activations, text")
+    assert term(prefix, "activations, text").high < 0.7 * term(apart, "activations, text").high
+    assert prefix.high < once.high < apart.high and prefix.low < apart.low
+
+
+def test_rows_share_where_their_order_brings_them_together() -> None:
+    shares = saving("encode_once", "share_prompt")
+    for name in ("activations, text", "batch"):
+        apart, mixed, gathered = (
+            term(said({"datasets": {"order": order}}, rows=rows), name)
+            for order, rows in (("shuffled", saving()), ("shuffled", shares), ("by_image", shares))
+        )
+        assert mixed == apart
+        assert gathered.low < apart.low and gathered.high >= apart.high
 
 
 def test_more_ranks_take_less_of_each() -> None:

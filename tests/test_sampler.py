@@ -155,6 +155,7 @@ def test_few_groups_of_many_sizes_are_torn() -> None:
         (["aaaa", "bbbb"], "aaaabbbb"),
         (["aa", "bbb", "c", "dd"], "bbbcaadd"),
         (["aaa", "bbb", "cc"], "aaacbbbc"),
+        (["aaa", "bbb", "c", "d"], "aaacbbbd"),
     ],
 )
 def test_groups_stand_where_micro_batches_leave_them_whole(groups: list[str], order: str) -> None:
@@ -165,11 +166,30 @@ def test_groups_stand_where_micro_batches_leave_them_whole(groups: list[str], or
     assert "".join(names[row] for row in _laid_out(numbers, [1] * 8, 8)) == order
 
 
+def test_a_block_that_the_end_cuts_short_stays_there() -> None:
+    assert _laid_out([[0, 1, 2], [3, 4], [5]], [5, 5, 5, 1, 1, 5], 6) == [0, 1, 2, 5, 3, 4]
+
+
+def test_batches_of_one_window_are_shuffled() -> None:
+    lengths, pictures = charts(100, [2])
+    for order in (by_length(lengths, 8, 5, 0), by_image(lengths, pictures, 8, 5, 0)):
+        longest = [max(lengths[row] for row in order[at : at + 8]) for at in range(0, 200, 8)]
+        assert longest != sorted(longest)
+
+
 def test_a_group_larger_than_a_global_batch_fills_whole_ones() -> None:
     lengths, pictures = [5] * 20, ["one"] * 18 + ["two"] * 2
     order = by_image(lengths, pictures, 8, 0, 0)
     batches = [{pictures[row] for row in order[at : at + 8]} for at in range(0, 24, 8)]
     assert batches.count({"one"}) >= 2
+
+
+def test_rows_that_show_nothing_are_no_group() -> None:
+    """Rows of text among charts: each goes where its length belongs."""
+    lengths, pictures = charts(300, [2])
+    lengths += log_normal(2000, 0.8)
+    order = by_image(lengths, [*pictures, *[None] * 2000], 32, 1, 0)
+    assert padding(order, lengths, 8) < 0.05
 
 
 @pytest.mark.parametrize("order", ["shuffled", "by_length", "by_image"])

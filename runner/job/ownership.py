@@ -26,7 +26,7 @@ _RESUME = "the same command resumes by itself, at the right sample, from the new
 _HUB = "a run uploads nothing; the adapter is in runs/<name>/adapter, ready for `hf upload`"
 _BEST = "choosing a checkpoint by a metric belongs to a later version; the last step is exported"
 _LAUNCH = "the runner starts the processes and configures the engine"
-_ORDER = "the order of samples is the runner's: one permutation per seed and epoch, the same on any machine"
+_ORDER = "the order of samples is the runner's: by rows, seed and epoch alone, the same on any machine"
 _LABELS = "the loss is on the answers, always; the label audit shows it before step 1"
 _PRECISION = "the computation has the type of the model, in training and in evaluation"
 _ROWS = "rows are read by format and columns, and never tokenized ahead for vision data"
@@ -87,7 +87,7 @@ TRAINING: dict[str, Owned] = {
     "dataloader_drop_last": Owned(f"{_ORDER}; an epoch is padded to whole global batches"),
     "dataloader_in_order": Owned(_ORDER),
     "train_sampling_strategy": Owned(_ORDER, "datasets.order"),
-    "length_column_name": Owned(_ORDER),
+    "length_column_name": Owned(_ORDER, "datasets.order"),
     "shuffle_dataset": Owned(_ORDER, "seed"),
     "remove_unused_columns": Owned("the collator needs the image and label columns", "datasets.train"),
     "max_length": Owned("it counts image tokens and is checked before training", "datasets.max_length"),

@@ -80,7 +80,7 @@ class Subject:
     @property
     def tokens(self) -> Range:
         """Of a micro-batch: every sequence is padded to the longest."""
-        if not self.saves("share_prompt"):
+        if not (self.saves("share_prompt") and self._gathers):
             return exactly(self.rows * self.data.tokens.largest)
         if self.pairs:
             return self.width * self.cut.per_device

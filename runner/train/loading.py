@@ -3,11 +3,14 @@
     with a GPU       its processes decode ahead, into pinned memory, and live for the whole run
     without          none: the training has the cores, and whoever decodes takes them away
 
-What a job sets itself stays. Bits do not depend on any of it: a collator draws nothing.
+What a job sets itself stays. A collator draws nothing, so that bits depend on none of it, but for this: where
+processes do not live for the whole run, or there are none, PyTorch takes a number an epoch from the CPU's
+generator, which dropout on a CPU draws from, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -17,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from runner.errors import DataError
 from runner.plan import Plan
 from runner.train.world import device, world
 
@@ -97,6 +101,16 @@ def arguments(plan: Plan, room: Room) -> dict[str, Any]:
         ours["dataloader_persistent_workers"] = True
         ours["dataloader_prefetch_factor"] = prefetch(count, cut.accumulation, cut.per_device)
     return {**ours, **given}
+
+
+@contextlib.contextmanager
+def unwrapped() -> Iterator[None]:
+    """What a worker says of a row, as it said it: PyTorch puts the worker's traceback before it."""
+    try:
+        yield
+    except DataError as error:
+        said = str(error).rpartition(f"{DataError.__module__}.{DataError.__qualname__}: ")[2]
+        raise DataError(said.strip()) from error
 
 
 class Timed:

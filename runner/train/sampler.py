@@ -70,7 +70,7 @@ def by_length(lengths: Sequence[int], global_batch_size: int, seed: int, epoch: 
 
 
 def by_image(
-    lengths: Sequence[int], pictures: Sequence[str], global_batch_size: int, seed: int, epoch: int
+    lengths: Sequence[int], pictures: Sequence[str | None], global_batch_size: int, seed: int, epoch: int
 ) -> list[int]:
     """The rows of `epoch_order`, where rows that show the same images stand side by side.
 
@@ -83,7 +83,7 @@ def by_image(
 
     Args:
         lengths: tokens of every row.
-        pictures: equal where rows show the same images.
+        pictures: equal where rows show the same images; None: nothing, and such a row is a group of its own.
     """
     generator = _generator(seed, epoch)
     drawn = _drawn(len(lengths), global_batch_size, generator)
@@ -126,11 +126,12 @@ def _shuffled(batches: Sequence[list[int]], generator: torch.Generator) -> list[
     return [row for batch in order for row in batches[batch]]
 
 
-def _groups(drawn: Sequence[int], pictures: Sequence[str], most: int) -> list[list[int]]:
+def _groups(drawn: Sequence[int], pictures: Sequence[str | None], most: int) -> list[list[int]]:
     """Rows that show the same images, at most `most` together, in the order in which they were drawn."""
-    groups: dict[tuple[int, str], list[int]] = {}
+    groups: dict[tuple[int, str | int], list[int]] = {}
     for position, row in enumerate(drawn):
-        groups.setdefault((position // len(pictures), pictures[row]), []).append(row)
+        shown = pictures[row]
+        groups.setdefault((position // len(pictures), row if shown is None else shown), []).append(row)
     return [group[start : start + most] for group in groups.values() for start in range(0, len(group), most)]
 
 
@@ -179,12 +180,15 @@ def _laid_out(groups: list[list[int]], lengths: Sequence[int], size: int) -> lis
     largest = max(_block(group) for group in groups)
     places: list[int | None] = [None] * size
     spread: list[int] = []
+    start, rows = 0, 0
     for group in sorted(by_length, key=lambda group: (-_block(group), -len(group))):
-        start = _place(places, len(group), _block(group))
-        if start is None:
+        # Where no place was for one of the same size, there is none now.
+        start, rows = (start if len(group) == rows else 0), len(group)
+        start = _place(places, rows, _block(group), start)
+        if start == size:
             spread += group
         else:
-            places[start : start + len(group)] = group
+            places[start : start + rows] = group
     rest = iter(spread)
     full = [next(rest) if row is None else row for row in places]
     blocks = [full[start : start + largest] for start in range(0, size, largest)]
@@ -193,13 +197,13 @@ def _laid_out(groups: list[list[int]], lengths: Sequence[int], size: int) -> lis
     return [row for block in blocks for row in block]
 
 
-def _place(places: Sequence[int | None], rows: int, block: int) -> int | None:
-    """The first free run of so many places within one block."""
-    for first in range(0, len(places), block):
-        for start in range(first, min(first + block, len(places)) - rows + 1):
+def _place(places: Sequence[int | None], rows: int, block: int, begin: int) -> int:
+    """The first free run of so many places within one block, from `begin` on; the end where there is none."""
+    for first in range(begin - begin % block, len(places), block):
+        for start in range(max(first, begin), min(first + block, len(places)) - rows + 1):
             if all(place is None for place in places[start : start + rows]):
                 return start
-    return None
+    return len(places)
 
 
 def _block(group: Sequence[int]) -> int:
@@ -224,7 +228,7 @@ class GlobalBatchSampler(Sampler[int]):
         seed: int,
         order: Order = "shuffled",
         lengths: Sequence[int] = (),
-        pictures: Sequence[str] = (),
+        pictures: Sequence[str | None] = (),
     ) -> None:
         self.rows = rows
         self.global_batch_size = global_batch_size

@@ -76,13 +76,14 @@ class RunTrainer(Trainer):
         self._channel = channel
         self._evaluate_now = evaluate_now
         self.control_callback = control_callback
+        order = plan.job.datasets.order
         self._sampler = GlobalBatchSampler(
             len(rows.dataset),
             plan.geometry.global_batch_size,
             plan.job.seed,
-            plan.job.datasets.order,
-            rows.dataset["tokens"][:],
-            rows.dataset["pictures"][:],
+            order,
+            () if order == "shuffled" else rows.dataset["tokens"][:],
+            rows.dataset["pictures"][:] if order == "by_image" else (),
         )
         self.steps: list[state.Step] = [] if plan.restore is None else state.load_steps(plan.restore)
         self._parent = None if plan.restore is None else plan.restore.name
@@ -139,7 +140,8 @@ class RunTrainer(Trainer):
     ) -> tuple[list[dict[str, Any]], Any]:
         """Upstream's micro-batches of one step; names their rows before they can do harm."""
         timed = loading.Timed(epoch_iterator)
-        samples, items = super().get_batch_samples(timed, *args, **kwargs)
+        with loading.unwrapped():
+            samples, items = super().get_batch_samples(timed, *args, **kwargs)
         self._waited = timed.seconds
         ranks = from_all([sample["row_index"].tolist() for sample in samples])
         # The sampler's order: a micro-batch of every rank, then the next one.
@@ -228,7 +230,7 @@ class RunTrainer(Trainer):
         size = self.args.per_device_eval_batch_size
         remedy = f"a training.per_device_eval_batch_size below {size}"
         message = f"evaluation of the loss: out of memory. Remedy: {remedy}"
-        with rng.preserved(), memory_named(RunnerError, message):
+        with rng.preserved(), memory_named(RunnerError, message), loading.unwrapped():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         told = {name: metrics[name] for name in EVALUATION if name in metrics}
         self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=told)

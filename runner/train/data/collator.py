@@ -134,7 +134,7 @@ class Collator:
         """The image set of every row; all different where they are not to be shared, or cannot be."""
         if not self._images_once or not tells_sets(self.processor):
             return list(range(len(rows)))
-        return sharing.image_sets([row["pictures"] if row["image_count"] else None for row in rows])
+        return sharing.image_sets([row["pictures"] for row in rows])
 
     def _sharing(self, batch: Batch, sets: Sequence[int], counts: Sequence[int]) -> sharing.Sharing:
         labels = batch.get("labels")

@@ -88,7 +88,8 @@ class Rows:
                       longer sequence
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
         pixels        of all images that it shows, before the processor
-        pictures      SHA-256 of the images that it shows, as they are shown; equal where the images are
+        pictures      SHA-256 of the images that it shows, as they are shown; equal where the images are, null
+                      of a row of text
         digest        SHA-256 of all that it says and shows
     """
     form: Form
@@ -288,7 +289,8 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         extras["index"][row.position] = index
         extras["tokens"][row.position] = row.tokens
         extras["scale"][row.position] = row.scale
-        extras["pictures"][row.position] = _hash(f"{row.pictures} {row.scale!r}")
+        if counts[row.position]:
+            extras["pictures"][row.position] = _hash(f"{row.pictures} {row.scale!r}")
         extras["digest"][row.position] = _hash(f"{row.digest} {row.pictures} {row.scale!r}")
         sizes = [images.scaled(*size, row.scale) for size in row.sizes]
         extras["pixels"][row.position] = sum(height * width for height, width in sizes)
