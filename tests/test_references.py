@@ -147,6 +147,16 @@ def test_what_several_runs_leave_is_kept_together(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_what_is_not_finite_stays_unknown() -> None:
+    """Of a step that the float16 loss scaler skips; a checkpoint with it would not be gone on from."""
+    table = References(["00" * 32, "01" * 32])
+    table.learn([0, 1], torch.tensor([[-1.0, float("-inf")], [-3.0, -4.0]]))
+    assert not table.knows([0]) and table.knows([1])
+    again = References(["00" * 32, "01" * 32])
+    again.restore(table.tensors())
+    assert again.known == 1
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -181,6 +191,7 @@ DECIDES: list[dict[str, Any]] = [
     {"lora": {"init_from": "/start"}},
     {"lora": {"init_lora_weights": "olora"}},
     {"training": {"ld_alpha": 0.5}},
+    {"training": {"tf32": True}},
 ]
 
 
@@ -193,6 +204,21 @@ def test_a_file_is_named_by_the_commit_and_by_where_the_adapter_starts() -> None
     assert name(dpo_job(), commit="def") != name(dpo_job())
     started = dpo_job(lora={"init_from": "/start"})
     assert name(started, start="s2") != name(started)
+
+
+def test_weights_on_this_machine_that_were_written_again_are_others(tmp_path: Path) -> None:
+    """Also where the fingerprint of a run, which reads the ends of large files, does not see it."""
+    from runner.supervisor.fetch import fingerprint
+
+    file, names = tmp_path / "model.safetensors", []
+    for middle in (b"old", b"new"):
+        file.write_bytes(bytes(1 << 17) + middle + bytes(1 << 17))
+        sources = Fetched(model=str(tmp_path), train=[], eval=[])
+        seen = {"demo:smolvlm-tiny": fingerprint(tmp_path)}
+        identity = Identity(job={}, pins={}, fingerprints=seen, versions={})
+        names += [(seen, references_file(dpo_job(), sources, identity, Path("/cache")))]
+        assert references_file(dpo_job(), sources, identity, Path("/cache")) == names[-1][1]
+    assert names[0][0] == names[1][0] and names[0][1] != names[1][1]
 
 
 @pytest.mark.parametrize(

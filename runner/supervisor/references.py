@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from runner.manifest import Job
 from runner.plan import Fetched
@@ -35,11 +36,19 @@ def references_file(job: Job, sources: Fetched, identity: Identity, cache: Path)
         "format": 1,
         "model": job.model.model_dump(mode="json"),
         "commit": commit(job.model.name_or_path),
+        # A fingerprint does not see all of local weights, and a stale reference is an error that nobody sees.
+        "written": None if job.model.name_or_path in sources.revisions else _written(Path(sources.model)),
         "quantization": job.quantization,
         "start": [lora, commit(lora.get("init_from")), job.seed] if starts else None,
         "full": job.lora is None,  # whose reference is in the precision that trains
-        "precision": [options.get(name) for name in ("bf16", "fp16", "ld_alpha")],
+        "precision": [options.get(name) for name in ("tf32", "ld_alpha")],
         "versions": versions(),
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache / "references" / f"{digest}.safetensors"
+
+
+def _written(folder: Path) -> list[Any]:
+    """Name, size and time in nanoseconds of every file: whatever was written again differs."""
+    found = [(file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [[file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns] for file, stat in found]
