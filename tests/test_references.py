@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from runner.errors import DataError
 from runner.manifest import Job
 from runner.plan import Fetched
+from runner.supervisor.fetch import fingerprint, key
 from runner.supervisor.identity import Identity
 from runner.supervisor.references import references_file
 from runner.train import state
@@ -176,8 +177,10 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, tensors: dict[str, 
 
 
 def name(job: Job, commit: str = "abc", start: str = "s1") -> str | None:
-    sources = Fetched(model="/m", train=[], eval=[], revisions={job.model.name_or_path: commit})
-    identity = Identity(job={}, pins={}, fingerprints={"/start": start}, versions={})
+    # As where the pairs lie in a repository of the model's name.
+    sources = Fetched(model="/m", train=[], eval=[], revisions={job.model.name_or_path: "of the pairs"})
+    pins = {key("model", job.model.name_or_path, "main"): commit}
+    identity = Identity(job={}, pins=pins, fingerprints={"/start": start}, versions={})
     file = references_file(job, sources, identity, Path("/cache"))
     return None if file is None else file.name
 
@@ -208,8 +211,6 @@ def test_a_file_is_named_by_the_commit_and_by_where_the_adapter_starts() -> None
 
 def test_weights_on_this_machine_that_were_written_again_are_others(tmp_path: Path) -> None:
     """Also where the fingerprint of a run, which reads the ends of large files, does not see it."""
-    from runner.supervisor.fetch import fingerprint
-
     file, names = tmp_path / "model.safetensors", []
     for middle in (b"old", b"new"):
         file.write_bytes(bytes(1 << 17) + middle + bytes(1 << 17))
