@@ -66,6 +66,17 @@ def test_every_pair_is_asked_about_once_and_the_losses_are_those_of_asking_alway
     assert first["losses"][0] == pytest.approx(0.693147, abs=1e-6)
 
 
+def test_of_one_step_a_micro_batch_may_be_known_and_another_not(tmp_path: Path, data: Path) -> None:
+    """Ten pairs in steps of two and two: the last step ends with the first two of the epoch."""
+    source = {"path": "pairs.parquet", "split": "train[:10]", "format": "preference"}
+    cut = {"global_batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 1}
+    outcome, events = run(
+        tmp_path, merged(DPO, {"datasets": {"train": [source]}, "training": cut}), data=data
+    )
+    assert [len(step["ids"]) for step in steps(events)] == [4, 4, 4]
+    assert outcome["facts"]["references"] == {"known": 10, "computed": 10}
+
+
 def test_a_second_run_on_the_machine_asks_about_none(
     tmp_path: Path, data: Path, first: dict[str, Any]
 ) -> None:
