@@ -35,7 +35,9 @@ from runner.train.models.shared import SharedImages
 from tests.tiny_models import save
 from tests.trials import ONLY_EAGER
 
-QUESTIONS = ["How many?", "And here, please?", "What colour?", "How many of these?", "And?", "Why?"]
+ASKED = ["How many?", "And here, please?", "What colour?", "How many of these?", "And?", "Why?"]
+QUESTIONS = [f"Look at this picture well before you say what you see: {asked}" for asked in ASKED]
+"""They begin alike, or sequences of them would be more tokens than the rows."""
 ANSWERS = ["one", "a pair", "three", "four of them", "five", "because"]
 REJECTED = ["none of them", "one", "many", "two", "6", "why not"]
 SHOWN = [0, 1, 0, 0, 1, 2]

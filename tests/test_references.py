@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from runner.errors import DataError
 from runner.manifest import Job
 from runner.plan import Fetched
+from runner.supervisor.fetch import fingerprint, key
 from runner.supervisor.identity import Identity
 from runner.supervisor.references import references_file
 from runner.train import state
@@ -63,6 +64,17 @@ def test_every_pair_is_asked_about_once_and_the_losses_are_those_of_asking_alway
     assert first["outcome"]["facts"]["references"] == {"known": 16, "computed": 16}
     assert first["losses"] == pytest.approx(losses(events), abs=1e-6)
     assert first["losses"][0] == pytest.approx(0.693147, abs=1e-6)
+
+
+def test_of_one_step_a_micro_batch_may_be_known_and_another_not(tmp_path: Path, data: Path) -> None:
+    """Ten pairs in steps of two and two: the last step ends with the first two of the epoch."""
+    source = {"path": "pairs.parquet", "split": "train[:10]", "format": "preference"}
+    cut = {"global_batch_size": 4, "per_device_train_batch_size": 2, "num_train_epochs": 1}
+    outcome, events = run(
+        tmp_path, merged(DPO, {"datasets": {"train": [source]}, "training": cut}), data=data
+    )
+    assert [len(step["ids"]) for step in steps(events)] == [4, 4, 4]
+    assert outcome["facts"]["references"] == {"known": 10, "computed": 10}
 
 
 def test_a_second_run_on_the_machine_asks_about_none(
@@ -147,6 +159,16 @@ def test_what_several_runs_leave_is_kept_together(tmp_path: Path) -> None:
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
+def test_what_is_not_finite_stays_unknown() -> None:
+    """Of a step that the float16 loss scaler skips; a checkpoint with it would not be gone on from."""
+    table = References(["00" * 32, "01" * 32])
+    table.learn([0, 1], torch.tensor([[-1.0, float("-inf")], [-3.0, -4.0]]))
+    assert not table.knows([0]) and table.knows([1])
+    again = References(["00" * 32, "01" * 32])
+    again.restore(table.tensors())
+    assert again.known == 1
+
+
 @pytest.mark.parametrize(
     "tensors",
     [
@@ -166,8 +188,10 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, tensors: dict[str, 
 
 
 def name(job: Job, commit: str = "abc", start: str = "s1") -> str | None:
-    sources = Fetched(model="/m", train=[], eval=[], revisions={job.model.name_or_path: commit})
-    identity = Identity(job={}, pins={}, fingerprints={"/start": start}, versions={})
+    # As where the pairs lie in a repository of the model's name.
+    sources = Fetched(model="/m", train=[], eval=[], revisions={job.model.name_or_path: "of the pairs"})
+    pins = {key("model", job.model.name_or_path, "main"): commit}
+    identity = Identity(job={}, pins=pins, fingerprints={"/start": start}, versions={})
     file = references_file(job, sources, identity, Path("/cache"))
     return None if file is None else file.name
 
@@ -181,6 +205,7 @@ DECIDES: list[dict[str, Any]] = [
     {"lora": {"init_from": "/start"}},
     {"lora": {"init_lora_weights": "olora"}},
     {"training": {"ld_alpha": 0.5}},
+    {"training": {"tf32": True}},
 ]
 
 
@@ -193,6 +218,19 @@ def test_a_file_is_named_by_the_commit_and_by_where_the_adapter_starts() -> None
     assert name(dpo_job(), commit="def") != name(dpo_job())
     started = dpo_job(lora={"init_from": "/start"})
     assert name(started, start="s2") != name(started)
+
+
+def test_weights_on_this_machine_that_were_written_again_are_others(tmp_path: Path) -> None:
+    """Also where the fingerprint of a run, which reads the ends of large files, does not see it."""
+    file, names = tmp_path / "model.safetensors", []
+    for middle in (b"old", b"new"):
+        file.write_bytes(bytes(1 << 17) + middle + bytes(1 << 17))
+        sources = Fetched(model=str(tmp_path), train=[], eval=[])
+        seen = {"demo:smolvlm-tiny": fingerprint(tmp_path)}
+        identity = Identity(job={}, pins={}, fingerprints=seen, versions={})
+        names += [(seen, references_file(dpo_job(), sources, identity, Path("/cache")))]
+        assert references_file(dpo_job(), sources, identity, Path("/cache")) == names[-1][1]
+    assert names[0][0] == names[1][0] and names[0][1] != names[1][1]
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,11 @@ CASES: list[tuple[dict[str, Any], Form, tuple[str | None, str | None, str | None
     ),
     ({"training": {"neftune_noise_alpha": 5}}, "prompt_completion", (None, "neftune", NO_REFERENCE)),
     (
+        merged(DPO, {"training": {"neftune_noise_alpha": 5}}),
+        "preference",
+        (None, "neftune", "neftune_noise_alpha makes the reference another one"),
+    ),
+    (
         {"lora": {"lora_dropout": 0.1}, "model": {"freeze": ["projector"]}},
         "prompt_completion",
         ("lora_dropout 0.1", "lora_dropout 0.1", NO_REFERENCE),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -10,15 +11,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, load_dataset
+from PIL import Image as Pillow
 from transformers import AutoConfig
 
+from runner.train.data.collator import Collator, Form
 from runner.train.data.sharing import Branches, Sharing, found, image_sets
-from runner.train.models.architectures import ARCHITECTURES
+from runner.train.models import model as models
+from runner.train.models.architectures import ARCHITECTURES, FREEZABLE
 from runner.train.models.packing import pack
 from runner.train.models.shared import packs
+from tests import shares
 from tests.attempts import charts, run, steps
 from tests.test_architectures import MISSING, SHIM, TORCHVISION
 from tests.tiny_models import MAKERS, NEED_TORCHVISION
@@ -117,6 +123,18 @@ def test_prefix_of_rows(rows: list[list[int]], answers: list[int | None], prefix
     expected = (Branches((0, 1), prefix),) if prefix else (Branches((0,), 0), Branches((1,), 0))
     assert sharing.sequences == expected and sharing.packs == bool(prefix)
     assert not found([0, 0], [1], ids, attended, loss, IMAGE, prefixes=False).packs
+
+
+def test_rows_do_not_run_as_one_where_that_is_more_tokens() -> None:
+    """Three long answers behind a short prefix are 19 tokens, and a row of its own is padded to them."""
+    long = [[9, 1, number, *range(10, 14)] for number in (2, 3, 4)]
+    ids, loss = torch.tensor([*long, [9, 5, 6, 7, 8, 0, 0]]), torch.zeros(4, 7, dtype=torch.bool)
+    attended = (ids != 0).long()
+    loss[:, 3:] = True
+    alone = found([0, 0, 0, 1], [1, 1], ids, attended, loss, IMAGE, prefixes=True)
+    assert not alone.packs and [one.rows for one in alone.sequences] == [(0,), (1,), (2,), (3,)]
+    together = found([0, 0, 0], [1], ids[:3], attended[:3], loss[:3], IMAGE, prefixes=True)
+    assert together.sequences == (Branches((0, 1, 2), 2),)
 
 
 def test_rows_are_laid_out_as_sequences() -> None:
@@ -219,3 +237,96 @@ def test_a_run_that_shares_has_the_losses_of_one_that_does_not_and_resumes_byte_
     (saved,) = (tmp_path / "all" / "outbox").glob("00000003-*")
     run(tmp_path / "again", job(), data=questions, attempt=2, restore=saved)
     assert adapter(tmp_path / "again") == adapter(tmp_path / "all")
+
+
+# --- rows that are unlike each other ---
+
+
+def picture(number: int) -> dict[str, Any]:
+    """An image of a shape of its own, as `datasets` stores it."""
+    draw = np.random.default_rng(number)
+    high, wide = [(40, 40), (30, 60), (60, 30)][number]
+    data = io.BytesIO()
+    Pillow.fromarray(draw.integers(0, 256, (high, wide, 3), dtype=np.uint8)).save(data, "PNG")
+    return {"bytes": data.getvalue(), "path": None}
+
+
+def row(shown: list[int], prompt: list[str | None], **answers: str) -> dict[str, Any]:
+    """A prepared row; None in a prompt is where an image stands."""
+    said = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in prompt]
+    spoken = {name: [{"role": "assistant", "content": [text(told)]}] for name, told in answers.items()}
+    return {
+        "images": [picture(number) for number in shown],
+        "prompt": [{"role": "user", "content": said}],
+        **spoken,
+        "row": f"{shown} {prompt}",
+        "index": 0,
+        "image_count": len(shown),
+        "pictures": str(shown),
+        "scale": 1.0,
+    }
+
+
+def text(told: str) -> dict[str, str]:
+    return {"type": "text", "text": told}
+
+
+LONG = "Look at the first picture and then at the second one, before you say which one, why and when"
+
+UNLIKE: dict[str, tuple[list[dict[str, Any]], list[int]]] = {
+    "questions": (
+        [
+            row([0, 1], [None, f"{LONG} and", None, "Which?"], completion="one"),
+            row([], ["Only text"], completion="yes it is"),
+            row([0, 1], [None, f"{LONG} and", None, "Why?"], completion="so"),
+            row([0, 1], [None, f"{LONG} and", None, "When?"], completion="now"),
+            row([0], ["Behind the text", None], completion="six"),
+            row([0], [None, "How few?"], completion="one more"),
+        ],
+        [3, 1, 1, 1],  # of two rows about one image, one has it elsewhere
+    ),
+    "pair": (
+        [
+            row([0], [None, "How many?"], chosen="one", rejected="one or two"),
+            row([], ["Only text"], chosen="yes", rejected="no, no, no"),
+            row([1, 0], [None, "and", None, "Which?"], chosen="the same", rejected="the same"),
+            row([2], ["Behind the text", None], chosen="a b c d", rejected="e"),
+        ],
+        [2, 2, 2, 2],
+    ),
+    "text pair": (
+        [
+            row([], ["Only text"], chosen="yes", rejected="no, no, no"),
+            row([], ["Another one"], chosen="yes", rejected="no"),
+        ],
+        [2, 2],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+@pytest.mark.parametrize("window", [None, 16])
+def test_rows_with_several_images_and_none(tmp_path: Path, case: str, window: int | None) -> None:
+    """And rows of which an evaluation has longer ones than the attention of the text model reaches."""
+    name = "idefics3" if window is None else "idefics2"
+    folder = shares.save(name, tmp_path / "model")
+    if window is not None:
+        config = json.loads((folder / "config.json").read_text())
+        config["text_config"]["sliding_window"] = window
+        (folder / "config.json").write_text(json.dumps(config))
+    rows, sequences = UNLIKE[case]
+    it = shares.job("unlike", case.split()[-1], list(FREEZABLE), "sdpa")
+    processor = models.load_processor(it, str(folder))
+    form: Form = "prompt_completion" if case == "questions" else "preference"
+    batches = [
+        Collator(processor, form, torch.float32, images_once=together, prefixes=together)(rows)
+        for together in (False, True)
+    ]
+    if case == "questions" and window is not None:
+        assert "sharing" not in batches[1]  # Idefics2's processor cannot be told
+        return
+    assert [len(one.rows) for one in batches[1]["sharing"].sequences] == sequences
+    scored = shares.Scored(it, folder)
+    apart = shares.apart(*(scored(batch) for batch in batches))
+    assert all(apart[what] <= CLOSE for what in ("log_probs", "reference", "mean_logits", "gradients")), apart
+    assert apart["same"]

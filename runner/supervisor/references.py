@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 from runner.manifest import Job
 from runner.plan import Fetched
+from runner.supervisor.fetch import key
 from runner.supervisor.identity import Identity, versions
 
 
@@ -28,18 +30,26 @@ def references_file(job: Job, sources: Fetched, identity: Identity, cache: Path)
     starts = {"init_from", "init_lora_weights"} & lora.keys()
     options = job.training.options
 
-    def commit(path: str | None) -> str | None:
-        return None if path is None else sources.revisions.get(path) or identity.fingerprints.get(path)
-
+    model = job.model.name_or_path
+    # Not `sources.revisions`, where a data set of the model's name would stand in its place.
+    commit = identity.pins.get(key("model", model, job.model.revision))
     decides = {
         "format": 1,
         "model": job.model.model_dump(mode="json"),
-        "commit": commit(job.model.name_or_path),
+        "commit": commit or identity.fingerprints.get(model),
+        # A fingerprint does not see all of local weights, and a stale reference is an error that nobody sees.
+        "written": None if commit else _written(Path(sources.model)),
         "quantization": job.quantization,
-        "start": [lora, commit(lora.get("init_from")), job.seed] if starts else None,
+        "start": [lora, identity.fingerprints.get(lora.get("init_from", "")), job.seed] if starts else None,
         "full": job.lora is None,  # whose reference is in the precision that trains
-        "precision": [options.get(name) for name in ("bf16", "fp16", "ld_alpha")],
+        "precision": [options.get(name) for name in ("tf32", "ld_alpha")],
         "versions": versions(),
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     return cache / "references" / f"{digest}.safetensors"
+
+
+def _written(folder: Path) -> list[Any]:
+    """Name, size and time in nanoseconds of every file: whatever was written again differs."""
+    found = [(file, file.stat()) for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [[file.relative_to(folder).as_posix(), stat.st_size, stat.st_mtime_ns] for file, stat in found]

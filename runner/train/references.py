@@ -8,7 +8,7 @@ checkpoint holds all that the run knew, so a resume does not depend on what a ma
 
 from __future__ import annotations
 
-import os
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -52,13 +52,15 @@ class References:
         return self._values[list(rows)]
 
     def learn(self, rows: Sequence[int], values: torch.Tensor) -> None:
-        """Take values of rows that were not known.
+        """Take values of rows that were not known. One that is not finite, of a step that the float16 loss
+        scaler skips, stays unknown.
 
         Args:
             values: float32 (B, 2).
         """
-        self._values[list(rows)] = values
-        self._known[list(rows)] = True
+        finite = torch.isfinite(values).all(dim=1)
+        self._values[list(rows)] = values.masked_fill(~finite[:, None], 0)
+        self._known[list(rows)] = finite
 
     # --- with a checkpoint ---
 
@@ -111,7 +113,8 @@ class References:
             return
         pairs = torch.tensor([list(bytes.fromhex(pair)) for pair in kept], dtype=torch.uint8)
         file.parent.mkdir(parents=True, exist_ok=True)
-        writing = file.with_name(f"{file.name}.{os.getpid()}")
+        # Containers that share a cache share process ids, too.
+        writing = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
         try:
             save_file({PAIRS: pairs, VALUES: torch.stack(list(kept.values()))}, writing)
             writing.replace(file)
@@ -123,9 +126,9 @@ class References:
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
     """The values of every pair in a file of the cache, float32 (2,)."""
-    if not file.exists():
-        return {}
     try:
+        if not file.exists():
+            return {}
         tensors = load_file(file)
         names = [bytes(pair).hex() for pair in tensors[PAIRS].tolist()]
         values = tensors[VALUES]

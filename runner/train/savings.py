@@ -6,7 +6,8 @@ encode_once        the job says no; rows are conversations of several answers; t
 share_prompt       the job says no; rows are such conversations; the processor cannot be told; the model's
                    attention does not take it (`models.shared.packs`); dropout or NEFTune, of which rows
                    would share the draws
-cache_reference    the job says no; the method has no reference; dropout makes it another one every time
+cache_reference    the job says no; the method has no reference; dropout or NEFTune makes it another one
+                   every time
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ def savings(job: Job, rows: Rows, processor: ProcessorMixin, folder: str) -> Sav
         cache_reference=_first(
             job.method != "dpo" and f"method {job.method} has no reference",
             not job.speed.cache_reference and OFF,
-            _keeps_dropout(job)
-            and "training.disable_dropout: false makes the reference another one every time",
+            _reference_draws(job),
         ),
     )
 
@@ -80,6 +80,16 @@ def _apart(rows: Rows, processor: ProcessorMixin) -> str | None:
 def _keeps_dropout(job: Job) -> bool:
     """Whether dropout is drawn in training; TRL's dpo switches it off unless asked not to."""
     return job.method == "sft" or not job.training.options.get("disable_dropout", True)
+
+
+def _reference_draws(job: Job) -> str | None:
+    """What makes a reference of the same rows another one: its forward is one of the model in training."""
+    again = "makes the reference another one every time"
+    if _keeps_dropout(job):
+        return f"training.disable_dropout: false {again}"
+    if job.training.options.get("neftune_noise_alpha"):
+        return f"training.neftune_noise_alpha {again}"
+    return None
 
 
 def _draws(job: Job) -> str | None:

@@ -105,7 +105,7 @@ class Collator:
             {"images": pictures, **{name: without_nulls(row[name]) for name in names}}
             for row, pictures in zip(rows, shown, strict=True)
         ]
-        shared = self._images_once and any(shown) and (pairs or len(of_set) < len(rows))
+        shared = self._images_once and (pairs or len(of_set) < len(rows))
         if not shared:
             batch = (self._pairs if pairs else self._completions)(examples)
         elif pairs:

@@ -9,7 +9,8 @@ here:
     sequences    (0, 2), (1, 3)    rows that run as one, over one copy of their common prefix
 
 A prefix ends before the first token of any of its rows that carries loss, and holds all of their images; rows
-without such a prefix run each on its own.
+without such a prefix run each on its own. So do all rows of a batch whose sequences, padded to the longest of
+them, would be more tokens than the rows: long answers behind a short prefix, beside rows of their own.
 """
 
 from __future__ import annotations
@@ -89,8 +90,17 @@ def found(
         rows = [row for row, shown in enumerate(shows) if shown == images]
         prefix = _prefix(rows, lengths, ids, carries_loss, image_token) if prefixes and len(rows) > 1 else 0
         sequences += [Branches(tuple(rows), prefix)] if prefix else [Branches((row,), 0) for row in rows]
+    longest = max(_tokens(one, lengths) for one in sequences)
+    if len(sequences) * longest > len(lengths) * max(lengths):
+        sequences = [Branches((row,), 0) for row in range(len(lengths))]
     sequences.sort(key=lambda one: one.rows[0])
     return Sharing(tuple(shows), tuple(counts), tuple(lengths), tuple(sequences))
+
+
+def _tokens(one: Branches, lengths: Sequence[int]) -> int:
+    """Of a sequence; the prefix's last token stands in every branch."""
+    shared = max(one.prefix - 1, 0)
+    return shared + sum(lengths[row] - shared for row in one.rows)
 
 
 def _prefix(

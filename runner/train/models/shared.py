@@ -49,10 +49,16 @@ def packs(config: Any, attn_implementation: str, longest: int) -> str | None:
         return f"{config.model_type} attends to parts of its prompt in both directions"
     if attn_implementation not in MASKS:
         return f"attn_implementation {attn_implementation} takes no mask of who sees whom; {MASKS[0]} does"
-    window = getattr(config.get_text_config(), "sliding_window", None)
+    window = _window(config)
     if window is not None and longest > window:
         return f"its text model attends to {window} tokens, and the longest row has {longest}"
     return None
+
+
+def _window(config: Any) -> int | None:
+    """Tokens that the text model attends to; None: all."""
+    window: int | None = getattr(config.get_text_config(), "sliding_window", None)
+    return window
 
 
 @dataclass
@@ -76,6 +82,7 @@ class SharedImages:
         self._base = base
         self._where: Parts = parts(base.config.model_type)
         self._frozen = frozen
+        self._window = _window(base.config)
         self._kept: _Kept | None = None
         self._shown: tuple[Sequence[int], Sharing] | None = None
         self._forward = base.forward
@@ -105,10 +112,12 @@ class SharedImages:
     @torch.compiler.disable(recursive=False)  # a layout of its own every time; what it calls is compiled
     def _run(self, sharing: Sharing, inputs: dict[str, Any]) -> Any:
         inputs = {**inputs, **self._positions(sharing, inputs)}
-        if not (sharing.packs and inputs.get("fused_lm_head")):
+        ids = inputs["input_ids"]
+        # Rows of an evaluation may be longer than those that `packs` was asked about.
+        outgrown = self._window is not None and ids.shape[1] > self._window
+        if outgrown or not (sharing.packs and inputs.get("fused_lm_head")):
             with self._showing(sharing.shows, sharing):
                 return self._forward(**inputs)
-        ids = inputs["input_ids"]
         packed = pack(sharing, ids.shape[1], ids.device)
         labels = torch.nn.functional.pad(inputs.pop("labels")[:, 1:], (0, 1), value=-100)
         scored = labels != -100
