@@ -90,6 +90,10 @@ class DataFacts(_Facts):
     savings: dict[str, str | None] = {}
     """Of the job's `speed`, by key: null where it is in force, else why not; empty in records from before."""
 
+    def saves(self, name: str) -> bool:
+        """Whether a saving is in force."""
+        return self.savings.get(name, "") is None
+
 
 class Question(_Facts):
     """What is asked of `runner.train.inspect`."""

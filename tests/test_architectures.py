@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +57,20 @@ def needs_torchvision(trial: str) -> bool:
     return trial.partition(":")[0] in NEED_TORCHVISION
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for every trial. Two processes at once: with torchvision, and without."""
-    folder = tmp_path_factory.mktemp("trials")
+def both_ways(module: str, folder: Path, asked: Mapping[str, bool]) -> None:
+    """Run a program of the tests over a folder, in two processes at once: with torchvision, and without.
+
+    Args:
+        asked: its arguments, and whether each needs torchvision; without one those are left out.
+    """
     started = []
     for needed in (True, False):
         if needed and not (INSTALLED or TORCHVISION.is_dir()):
             continue
         path = [str(SHIM), str(TORCHVISION)] if needed and not INSTALLED else []
-        command = [sys.executable, "-m", "tests.trials", str(folder)]
         started.append(
             subprocess.Popen(
-                [*command, *[trial for trial in TRIALS if needs_torchvision(trial) == needed]],
+                [sys.executable, "-m", module, str(folder), *[one for one in asked if asked[one] == needed]],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"},
                 cwd=Path(__file__).parents[1],
                 stdout=subprocess.PIPE,
@@ -78,6 +80,13 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for process in started:
         said, _ = process.communicate(timeout=500)
         assert process.returncode == 0, said.decode()[-3000:]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for every trial."""
+    folder = tmp_path_factory.mktemp("trials")
+    both_ways("tests.trials", folder, {trial: needs_torchvision(trial) for trial in TRIALS})
     return folder
 
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +22,9 @@ from runner.train.models.packing import pack
 from runner.train.models.shared import packs
 from tests import shares
 from tests.attempts import charts, run, steps
-from tests.test_architectures import MISSING, SHIM, TORCHVISION
+from tests.test_architectures import INSTALLED, MISSING, TORCHVISION, both_ways
 from tests.tiny_models import MAKERS, NEED_TORCHVISION
 
-INSTALLED = importlib.util.find_spec("torchvision") is not None
 CLOSE = 1e-5
 """Of log-probabilities, and of gradients relative to the largest of a parameter; float32."""
 
@@ -40,26 +35,9 @@ NO_SETS = {"idefics2", "internvl"}
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file for every architecture; with torchvision in one process, without in another."""
+    """A file for every architecture."""
     folder = tmp_path_factory.mktemp("shares")
-    started = []
-    for needed in (True, False):
-        if needed and not (INSTALLED or TORCHVISION.is_dir()):
-            continue
-        path = [str(SHIM), str(TORCHVISION)] if needed and not INSTALLED else []
-        names = [name for name in MAKERS if (name in NEED_TORCHVISION) == needed]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.shares", str(folder), *names],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
-                cwd=Path(__file__).parents[1],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-            )
-        )
-    for process in started:
-        said, _ = process.communicate(timeout=500)
-        assert process.returncode == 0, said.decode()[-3000:]
+    both_ways("tests.shares", folder, {name: name in NEED_TORCHVISION for name in MAKERS})
     return folder
 
 

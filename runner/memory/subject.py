@@ -49,7 +49,7 @@ class Subject:
 
     def saves(self, name: str) -> bool:
         """Whether a saving of the job's `speed` is in force."""
-        return self.data.savings.get(name, "") is None
+        return self.data.saves(name)
 
     @property
     def _gathers(self) -> bool:

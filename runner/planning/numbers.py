@@ -74,7 +74,7 @@ def checkpoint_bytes(job: Job, model: ModelFacts, data: DataFacts, steps: int) -
     optimizer = job.training.options.get("optim", DEFAULTS["optim"])
     state = OPTIMIZERS[optimizer][0] if optimizer in OPTIMIZERS else _LARGEST_STATE
     record = steps * (_STEP_BYTES + _ROW_BYTES * job.training.global_batch_size)
-    kept = data.rows * _REFERENCE_BYTES if data.savings.get("cache_reference", "") is None else 0
+    kept = data.rows * _REFERENCE_BYTES if data.saves("cache_reference") else 0
     return int(trainable(model) * (4 + state)) + record + kept + _OTHER_BYTES
 
 
