@@ -14,6 +14,7 @@ newest/         the newest committed checkpoint, for a restart on this machine
 checkpoints/    the store of a run that has no `checkpoints.uri` (`runner.checkpoint.folder`)
 evaluation/     metrics, and every prediction
 steps.jsonl     every optimizer step, when training is done
+evaluations.jsonl   every evaluation during training (`runner.train.watch`)
 adapter/        what was trained
 result.json     how it ended (`runner.supervisor.result`)
 """
@@ -130,6 +131,9 @@ class RunFolder:
             for pattern in ("*/saving-*", "*/export", "*/restored"):
                 for folder in self.attempts.glob(pattern):
                     shutil.rmtree(folder)
+            for pattern in ("*/best.safetensors", "*/candidate.safetensors"):
+                for file in self.attempts.glob(pattern):
+                    file.unlink()
 
 
 def _locked(file: int) -> bool:
