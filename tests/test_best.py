@@ -20,8 +20,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from runner.manifest import Evaluation
+from runner.manifest import Evaluation, Job
 from runner.plan import Strategy
+from runner.planning.numbers import evaluations as evaluations_planned
 from runner.request import Request, write
 from runner.train.evaluation.history import Standing, standing, value_of
 from runner.train.watch import BEST, Watch
@@ -98,6 +99,28 @@ def test_minutes_count_training_through_an_interruption(tmp_path: Path) -> None:
     assert second.due(9, 12)
     second.take(9, {})
     assert not second.due(10, 12)
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, 0),
+        ({}, 0),
+        ({"steps": 30}, 3),
+        ({"steps": 50}, 1),
+        ({"steps": 30, "metric_for_best_model": "loss"}, 4),
+        ({"steps": 50, "metric_for_best_model": "loss"}, 2),
+        ({"minutes": 1.0}, None),
+    ],
+)
+def test_a_plan_counts_the_evaluations(
+    spec: dict[str, Any] | None, expected: int | None, tmp_path: Path
+) -> None:
+    job = Job.model_validate(merged(JOB, {"evaluation": spec}))
+    assert evaluations_planned(job, 100) == expected
+    if spec is not None and expected is not None:
+        one = watch(tmp_path, Clock(), **spec)
+        assert sum(one.due(step, 100) for step in range(1, 101)) == expected
 
 
 # --- real runs ---
