@@ -44,11 +44,11 @@ RUN = merged(
         "checkpoints": {"save_steps": 2},
     },
 )
-"""20 rows, batches of 8 in micro-batches of 2: 3 steps an epoch, 9 in all; saved at 2, 4, 6, 8 and 9."""
+"""20 rows, batches of 8 in micro-batches of 2: 3 steps an epoch, 9 in all; saved at 2, 3, 4, 6, 8 and 9: every second, and before each evaluation."""
 
 TRAINER = {
     "mid-accumulation, step 3": "transformers.trainer:Trainer.training_step:11:self",
-    "between the save of step 6 and its publication": "runner.train.trainer:publish:2:self",
+    "between the save of step 6 and its publication": "runner.train.trainer:publish:3:self",
     "in the evaluation at step 6": "runner.train.evaluation.evaluate:_generate:1:self",
 }
 """In this order; the supervisor lives, starts the next attempt from the newest checkpoint, and goes on."""
