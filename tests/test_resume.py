@@ -44,7 +44,8 @@ RUN = merged(
         "checkpoints": {"save_steps": 2},
     },
 )
-"""20 rows, batches of 8 in micro-batches of 2: 3 steps an epoch, 9 in all; saved at 2, 3, 4, 6, 8 and 9: every second, and before each evaluation."""
+"""20 rows, batches of 8 in micro-batches of 2: 3 steps an epoch, 9 in all; saved at 2, 4, 6, 8 and 9,
+and at 3 before its evaluation."""
 
 TRAINER = {
     "mid-accumulation, step 3": "transformers.trainer:Trainer.training_step:11:self",
