@@ -1,5 +1,5 @@
-"""Real runs for the tests of reports: a small sft run that was preempted twice and ran out of memory once, and a
-small dpo run. Supervisor and trainers are the real ones; signals are real, and so are allocations that fail.
+"""Real runs for the tests of reports: a small sft run that was preempted twice and ran out of memory once,
+and a small dpo run. Supervisor and trainers are the real ones; so are signals, and allocations that fail.
 """
 
 from __future__ import annotations

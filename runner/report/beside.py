@@ -107,8 +107,8 @@ def room(plan: Planned | None, peak: int | None) -> Room | None:
 
 
 def peak_of(facts: Mapping[str, Any], points: Iterable[Point]) -> int | None:
-    """Most bytes in use by the last trainer, whose cut of the batch is the one that was estimated: as it said at
-    its end, else at its last step."""
+    """Most bytes in use by the last trainer, whose cut of the batch is the one that was estimated: as it said
+    at its end, else at its last step."""
     said = [point.memory for point in points if point.memory is not None]
     return whole(facts.get("peak_memory_bytes")) or (said[-1] if said else None)
 

@@ -87,9 +87,7 @@ def data(run: Run, metric: str, marks: Iterable[tuple[int, Mark]]) -> dict[str, 
     points = run.history.points
     return {
         "name": run.name,
-        "curves": {
-            name: _columns(curve(points, name)) for name in ("loss", "grad_norm", "learning_rate")
-        },
+        "curves": {name: _columns(curve(points, name)) for name in ("loss", "grad_norm", "learning_rate")},
         "evaluated": [_row(one) for one in evaluated(run, metric)],
         "eval_loss": [_row(one) for one in evaluated(run, LOSS)],
         "marks": [

@@ -1,7 +1,7 @@
 """The events of a run, added up to what happened in it: its steps, its marks, its evaluations. Pure.
 
 A run is told by several trainers, and each may do again what the one before had not committed: the last word
-on a step counts, and steps after the one that an attempt goes on from are forgotten until they are done again.
+on a step counts, and steps after the one that an attempt goes on from are forgotten until they are done.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ class _Told:
         self.measured = [*others, replace(found, metrics={**merged, **found.metrics})]
 
     def history(self, record: tuple[Point, ...]) -> History:
-        points = {point.step: point for point in record}
-        for step, point in self.points.items():
-            points[step] = point
+        points = {**{point.step: point for point in record}, **self.points}
         return replace(
             self.base,
             points=tuple(points[step] for step in sorted(points)),

@@ -20,6 +20,9 @@ WORDS: dict[Kind, str] = {
     "early": "Stopped early",
 }
 
+RESTARTS: tuple[Kind, ...] = ("preemption", "restart", "batch")
+"""Marks of a new attempt."""
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -38,15 +41,15 @@ class Mark:
 def kind_of(after: str | None, reason: str, per_device: bool) -> Kind:
     """What a restart is a mark of.
 
-        after     reason begins with   per_device   kind
-        any       any                  yes          batch        memory made it go on with smaller micro-batches
-        notice    any                  no           preemption
-        lost      any                  no           preemption   the machine went without a word
-        trainer   any                  no           restart
-        failure   any                  no           restart
-        unknown   preempted:           no           preemption   result.json does not say after what
-        unknown   killed together      no           preemption
-        unknown   anything else        no           restart
+    after     reason begins with   per_device   kind
+    any       any                  yes          batch        memory made it go on with smaller micro-batches
+    notice    any                  no           preemption
+    lost      any                  no           preemption   the machine went without a word
+    trainer   any                  no           restart
+    failure   any                  no           restart
+    unknown   preempted:           no           preemption   result.json does not say after what
+    unknown   killed together      no           preemption
+    unknown   anything else        no           restart
     """
     if per_device:
         return "batch"
@@ -71,7 +74,9 @@ def of_restart(said: Mapping[str, Any], attempt: int, reached: int) -> Mark:
         title = f"{sizes.get('from')} → {sizes.get('to')} rows a device"
     else:
         title = f"attempt {attempt} goes on from here"
-    told = reason.removeprefix("preempted: ").removeprefix("failed: ")
+    told = (
+        reason.removeprefix("preempted: ").removeprefix("failed: ").removesuffix("; the same command goes on")
+    )
     again = f"; steps {step + 1} to {reached} were done again" if reached > step else ""
     return Mark(step, kind, title, f"{told}{again}", attempt)
 
@@ -91,7 +96,7 @@ def of_fidelity(changes: Iterable[str], attempt: int, step: int) -> list[Mark]:
 
 def merged(told: Sequence[Mark], restarts: Sequence[Any]) -> tuple[Mark, ...]:
     """The marks of the events of this machine, and those of restarts that only result.json knows."""
-    known = {mark.attempt for mark in told if mark.kind in ("preemption", "restart", "batch")}
+    known = {mark.attempt for mark in told if mark.kind in RESTARTS}
     others = [
         of_restart(one, attempt, 0)
         for one in map(mapping, restarts)

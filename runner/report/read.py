@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,23 +66,25 @@ def is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _MARKS_OF_A_RUN)
 
 
-def read(folder: Path, place: str | None = None, now: float | None = None) -> Run:
+def read(folder: Path, place: str | None = None, done: bool = False) -> Run:
     """Read a run.
 
     Args:
         place: what to call it; the folder by default.
-        now: seconds since the epoch.
+        done: whether its store says so: then its events may lack the last word.
 
     Raises:
         DataError: the folder is no run.
     """
     if not is_run(folder):
         raise DataError(
-            f"report: {folder} is no run: it has none of {', '.join(_MARKS_OF_A_RUN)}; remedy: name the folder "
-            "of one (runs/<name>), or the job that was trained"
+            f"report: {folder} is no run: it has none of {', '.join(_MARKS_OF_A_RUN)}; remedy: name the "
+            "folder of one (runs/<name>), or the job that was trained"
         )
     result = document(_bytes(folder / "result.json")) or {}
     told = history(events.read(folder / "events.jsonl"), lines(_steps(folder)))
+    if done and told.end is None:
+        told = replace(told, end={"event": "end", "outcome": "done", "exit_code": 0})
     written = _bytes(folder / "job.yaml")
     job = values(written)
     name = next((str(one.value) for one in job if one.key == "name"), None)
@@ -100,7 +102,7 @@ def read(folder: Path, place: str | None = None, now: float | None = None) -> Ru
         evaluations=tuple(lines(_bytes(folder / "evaluations.jsonl"))),
         images=_images(folder / "evaluation" / "images.zip"),
         checkpoint_bytes=_checkpoint_bytes(folder),
-        read_at=time.time() if now is None else now,
+        read_at=time.time(),
     )
 
 

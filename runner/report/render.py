@@ -23,11 +23,13 @@ from runner import __version__
 from runner.planning.words import size
 from runner.report import judge, marks
 from runner.report.beside import Room
+from runner.report.compare import Comparison
+from runner.report.gallery import cut
 from runner.report.loose import mapping
 from runner.report.metrics import named
 from runner.report.read import Run
 from runner.report.vendor import LIBRARIES
-from runner.report.view import Page, cut
+from runner.report.view import Page
 
 _TEMPLATES = files(__package__) / "templates"
 
@@ -35,6 +37,11 @@ _TEMPLATES = files(__package__) / "templates"
 def html(page: Page) -> str:
     """The report of one run."""
     return rendered("run.html", page.charts, page=page)
+
+
+def comparison(found: Comparison) -> str:
+    """Several runs side by side."""
+    return rendered("compare.html", found.charts, found=found)
 
 
 def rendered(template: str, charts: Mapping[str, Any], **values: Any) -> str:

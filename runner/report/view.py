@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runner.report import beside, curves, judge, metrics
+from runner.report import beside, curves, gallery, metrics
 from runner.report.beside import Line, Room
 from runner.report.history import Commit
 from runner.report.job_text import Value
-from runner.report.judge import Became, Prediction
-from runner.report.loose import mapping, number, text, whole
-from runner.report.marks import Mark, merged
+from runner.report.loose import items, mapping, number, text, whole
+from runner.report.marks import Kind, Mark, merged
 from runner.report.metrics import Compared, Estimate
 from runner.report.read import Run
 from runner.report.verdict import Verdict, verdict
 from runner.supervisor.progress import duration
 
-ROWS = 500
-"""Predictions in a page: more are in evaluation/*.predictions.jsonl."""
+_COUNTED = {"tokens": "Tokens a row", "image_tokens": "of them for images", "images": "Images a row"}
 
-IMAGE_BYTES = 3_600_000
-"""Of images in a page, as they stand in it: with the rest it stays under 5 MB."""
-
-LONGEST = 1_200
-"""Characters of one text of a prediction."""
-
-ORDER: tuple[Became, ...] = ("broken", "wrong", "fixed", "right")
+_AGAIN: dict[Kind, str] = {"preemption": "preempted", "restart": "restarted", "batch": "batch changed"}
 
 
 @dataclass(frozen=True)
@@ -50,38 +41,6 @@ class Numbered:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """An image of a row. What several rows show is in the page once."""
-
-    id: str
-    """Of the element that holds the content."""
-    address: str | None
-    """The content itself; None where another element holds it."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """A prediction and its images, as far as they have room in a page."""
-
-    prediction: Prediction
-    pictures: tuple[Picture, ...]
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """The table of predictions."""
-
-    rows: tuple[Row, ...]
-    total: int
-    counts: Mapping[Became, int]
-    """Over all rows."""
-    left_out: int
-    """Images that have no room."""
-    pairs: bool
-    metric: str
-
-
-@dataclass(frozen=True)
 class Page:
     """One run."""
 
@@ -95,7 +54,7 @@ class Page:
     marks: tuple[Numbered, ...]
     values: tuple[tuple[str, ...], ...]
     """Step, loss, gradient norm and learning rate of some steps, as texts."""
-    predictions: Predictions
+    predictions: gallery.Predictions
     audit: tuple[str, ...]
     changed: tuple[Value, ...]
     """Values of the job that somebody set."""
@@ -129,7 +88,7 @@ def page(run: Run) -> Page:
         compared=metrics.compared(before, after),
         marks=marks,
         values=_values(run),
-        predictions=_predictions(run, metric),
+        predictions=gallery.table(run, metric),
         audit=told.audit,
         changed=tuple(value for value in run.job if not value.is_default),
         defaults=tuple(value for value in run.job if value.is_default),
@@ -147,7 +106,7 @@ def page(run: Run) -> Page:
 
 
 def _marks(run: Run) -> Iterator[Mark]:
-    yield from merged(run.history.marks, run.result.get("restarts") or ())
+    yield from merged(run.history.marks, items(run.result.get("restarts")))
     best = mapping(run.result.get("best"))
     if (step := whole(best.get("step"))) is not None:
         value = number(best.get("value"))
@@ -181,9 +140,8 @@ def _facts(run: Run, facts: Mapping[str, Any], last: int, steps: int | None) -> 
 
 
 def _restarts(run: Run) -> str:
-    kinds = Counter(mark.kind for mark in merged(run.history.marks, run.result.get("restarts") or ()))
-    words = {"preemption": "preempted", "restart": "restarted", "batch": "batch changed"}
-    return ", ".join(f"{word} {kinds[kind]}×" for kind, word in words.items() if kinds[kind])
+    kinds = Counter(mark.kind for mark in merged(run.history.marks, items(run.result.get("restarts"))))
+    return ", ".join(f"{word} {kinds[kind]}×" for kind, word in _AGAIN.items() if kinds[kind])
 
 
 def _values(run: Run, most: int = 20) -> tuple[tuple[str, ...], ...]:
@@ -205,51 +163,12 @@ def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
-def _predictions(run: Run, metric: str) -> Predictions:
-    every = judge.predictions(run.before, run.after, metric)
-    album = _Album(run.images)
-    rows = tuple(Row(one, tuple(album.pictures(one.images))) for one in every[:ROWS])
-    counts = Counter(one.became for one in every)
-    return Predictions(
-        rows=rows,
-        total=len(every),
-        counts={became: counts[became] for became in ORDER},
-        left_out=len(album.left_out),
-        pairs=any(one.rejected is not None for one in every),
-        metric=metrics.named(metric),
-    )
-
-
-class _Album:
-    """Puts images into a page, each once, while there is room."""
-
-    def __init__(self, images: Mapping[str, bytes]) -> None:
-        self._images = images
-        self._room = IMAGE_BYTES
-        self._there: dict[str, str] = {}
-        self.left_out: set[str] = set()
-
-    def pictures(self, names: tuple[str, ...]) -> Iterator[Picture]:
-        """Those of one row."""
-        for name in names:
-            if name in self._there:
-                yield Picture(self._there[name], None)
-            elif name in self._images:
-                address = "data:image/webp;base64," + base64.b64encode(self._images[name]).decode()
-                if len(address) > self._room:
-                    self.left_out.add(name)
-                    continue
-                self._room -= len(address)
-                self._there[name] = f"image-{len(self._there)}"
-                yield Picture(self._there[name], address)
-
-
 def _data(told: Mapping[str, Any]) -> Iterator[Fact]:
     facts = mapping(told.get("data"))
     rows, skipped = whole(told.get("rows")), whole(told.get("skipped"))
     if rows is not None:
         yield Fact("Rows to train on", f"{rows:,}", f"{skipped:,} skipped" if skipped else "none skipped")
-    for name, label in (("tokens", "Tokens a row"), ("image_tokens", "of them for images"), ("images", "Images a row")):
+    for name, label in _COUNTED.items():
         found = mapping(facts.get(name))
         parts = [number(found.get(part)) for part in ("mean", "p50", "p95", "largest")]
         if None not in parts:
@@ -263,11 +182,3 @@ def _data(told: Mapping[str, Any]) -> Iterator[Fact]:
 def _versions(run: Run, facts: Mapping[str, Any]) -> dict[str, str]:
     said = mapping(run.result.get("versions")) or run.history.versions
     return {str(name): str(version) for name, version in {**said, **mapping(facts.get("versions"))}.items()}
-
-
-def cut(said: str | None, longest: int = LONGEST) -> str:
-    """A text of a prediction, no longer than a page can bear."""
-    said = said or ""
-    return said if len(said) <= longest else f"{said[:longest]}…"
-
-

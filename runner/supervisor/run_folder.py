@@ -16,6 +16,7 @@ evaluation/     metrics, and every prediction
 steps.jsonl     every optimizer step, when training is done
 adapter/        what was trained
 result.json     how it ended (`runner.supervisor.result`)
+report.html     the same for people (`runner.report`)
 """
 
 from __future__ import annotations

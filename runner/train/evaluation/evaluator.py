@@ -138,7 +138,8 @@ class Evaluator:
     def _write(self, label: str, result: Evaluation) -> None:
         assert self._plan.job.evaluation is not None
         self._folder.mkdir(exist_ok=True)
-        records = result.records if self._rows is None else illustrated(result.records, self._rows, self._folder)
+        assert self._rows is not None
+        records = illustrated(result.records, self._rows, self._folder)
         lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_text(self._folder / PREDICTIONS.format(label), lines)
         spec = self._plan.job.evaluation.model_dump(mode="json")
