@@ -18,10 +18,10 @@ from tests.machines import Command
 
 ROOT = Path(__file__).parents[1]
 
-STEPS = 18
-PREEMPTED_AT = (4, 9)
+STEPS = 10
+PREEMPTED_AT = (2, 5)
 """Steps that are done when SIGTERM comes; the step at work is done, too, before the run stops."""
-FULL_AT = 13
+FULL_AT = 9
 """The step that does not fit any more in micro-batches of eight rows."""
 
 PATIENCE = 180.0
@@ -32,18 +32,18 @@ SFT = (
     "training.global_batch_size=16",
     "training.per_device_train_batch_size=8",
     "training.eval_strategy=steps",
-    "training.eval_steps=6",
-    "datasets.train[0].split=train[:400]",
+    "training.eval_steps=4",
+    "datasets.train[0].split=train[:160]",
     "evaluation.max_samples=24",
     "evaluation.batch_size=24",
-    "evaluation.steps=6",
-    "checkpoints.save_steps=6",
+    "evaluation.steps=4",
+    "checkpoints.save_steps=4",
 )
 DPO = (
-    "training.max_steps=6",
+    "training.max_steps=4",
     "training.global_batch_size=8",
     "training.per_device_train_batch_size=8",
-    "datasets.train[0].split=train[:64]",
+    "datasets.train[0].split=train[:32]",
     "evaluation.max_samples=12",
     "evaluation.batch_size=12",
     "evaluation.max_new_tokens=12",

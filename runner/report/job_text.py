@@ -35,11 +35,10 @@ class Value:
 def values(data: bytes) -> tuple[Value, ...]:
     """The values of a job.yaml in its order; nothing of what is none."""
     said = data.decode("utf-8", "replace")
-    try:
-        root = yaml.compose(said, Loader=yaml.SafeLoader)
-    except yaml.YAMLError:
+    if parse(said).faults:  # it is bounded where PyYAML is not
         return ()
-    return () if root is None else tuple(_leaves(root, "", said))
+    root = yaml.compose(said, Loader=yaml.SafeLoader)
+    return tuple(_leaves(root, "", said)) if isinstance(root, yaml.MappingNode) else ()
 
 
 def nested(data: bytes) -> Mapping[str, Any]:

@@ -26,7 +26,8 @@ ALIVE = 30.0
 
 State = Literal["done", "preempted", "failed", "running", "interrupted", "begun"]
 
-_MARKS_OF_A_RUN = ("job.yaml", "events.jsonl", "result.json")
+_MARKS_OF_A_RUN = ("events.jsonl", "result.json")
+"""Not job.yaml, which lies in many a folder."""
 
 
 @dataclass(frozen=True)

@@ -181,14 +181,14 @@ def _keep(made: Path, kept: Path, label: str, adapter: Path | None, job: Job) ->
     name = BASE if adapter is None else OWN
     with disk("keep the evaluation", kept):
         document: dict[str, Any] = json.loads((made / f"{name}.json").read_bytes())
-        _join_images(made / IMAGES, kept / IMAGES)
+        join_images(made / IMAGES, kept / IMAGES)
         document |= {"adapter": None if adapter is None else str(adapter), "model": job.model.name_or_path}
         (made / f"{name}.predictions.jsonl").replace(kept / f"{label}.predictions.jsonl")
         write_json(kept / f"{label}.json", document)
     return document
 
 
-def _join_images(made: Path, kept: Path) -> None:
+def join_images(made: Path, kept: Path) -> None:
     """Add an archive to the one that is kept. Each image has its content's name."""
     if not made.exists():
         return

@@ -30,11 +30,11 @@
   const marksOf = (run) => grouped(run.marks).flatMap((mark) => [
     Plot.ruleX([mark], {
       x: "step", stroke: KINDS[mark.kind], strokeWidth: 1.5, strokeDasharray: "4 3",
-      title: "title", ariaLabel: `mark ${mark.kind}`,
+      title: "title", ariaLabel: () => `mark ${mark.kind}`,
     }),
     Plot.text([mark], {
       x: "step", text: "label", frameAnchor: "top", dy: -12, fontWeight: 650, fontSize: 11,
-      fill: KINDS[mark.kind], ariaLabel: `mark label ${mark.label}`,
+      fill: KINDS[mark.kind], ariaLabel: () => `mark label ${mark.label}`,
     }),
   ]);
 
