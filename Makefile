@@ -33,7 +33,7 @@ validate: has-job .venv/.installed ## Check a job without running it: make valid
 submit: has-job .venv/.installed ## Run a job on Kubernetes or AWS Batch: make submit JOB=jobs/mine.yaml ARGS="--watch"
 	@exec $(BIN)/runner submit $(if $(JOB),"$(JOB)") $(SET) $(ARGS)
 
-test: check .venv/torchvision-cpu ## Run check and every test: make test ARGS="-k manifest"
+test: check .venv/torchvision-cpu .venv/browser ## Run check and every test: make test ARGS="-k manifest"
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
 
 check: .venv/.installed ## Lint, check the format and the types
@@ -98,3 +98,7 @@ has-job:
 	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --upgrade \
 	  --constraint constraints.txt --target $@ torchvision \
 	|| echo 'torchvision cannot be downloaded: tests of the architectures that need it are skipped' >&2
+
+# For the tests that look at reports; without it they are skipped. Nothing is fetched where a Chromium is installed.
+.venv/browser: .venv/.installed
+	@$(BIN)/python -m tests.browser $@ || echo 'tests of reports in a browser are skipped' >&2

@@ -26,6 +26,7 @@ from runner.job.secrets import without_secrets
 from runner.job_words import SOURCES, job_arguments, split
 from runner.last_words import spoken
 from runner.render_verb import RENDER
+from runner.report import REPORT
 from runner.status import STATUS
 
 INTERRUPTED = 130
@@ -267,6 +268,7 @@ VERBS: dict[str, Verb | Group] = {
         _evaluate_arguments,
         _evaluate,
     ),
+    "report": REPORT,
     "render": RENDER,
     "checkpoints": Group(
         "List, verify, pull and clear what a run has committed.",

@@ -69,6 +69,11 @@ def age(runs: Path, now: float) -> float | None:
     return min(ages, default=None)
 
 
+def beat(folder: Path) -> float | None:
+    """The time that a run's supervisor last wrote, on the machine's monotonic clock; None: nobody did."""
+    return _read(folder / FILE)
+
+
 def _read(file: Path) -> float | None:
     try:
         return float(file.read_bytes())

@@ -2,7 +2,7 @@
 
     lock -> open the store -> the same job? -> take the run -> done already? -> fetch -> restore
     -> other nodes are here -> plan, spawn, ship what is published, watch -> verdict: once more | done | stop
-    -> result.json, and for a run that is done all that it ends with -> give the run back
+    -> result.json, and for a run that is done all that it ends with -> give the run back -> report.html
 
 Everything on this machine lies in `runs/<name>/`; what counts is in the run's store. Exit codes other than 0
 are raised as exceptions (`runner.errors`), after result.json says the same. The parts are in
@@ -47,6 +47,7 @@ from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
 from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
+from runner.supervisor.reporting import reported
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.team import Team
 from runner.supervisor.world import Machine, place, processes
@@ -82,6 +83,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         Heart(folder.path) as heart,
         Notices(stop_file=folder.stop, beat=heart.beat) as notices,
         contextlib.closing(Screen()) as screen,
+        reported(folder, notices, screen.line),
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):

@@ -55,6 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "HOME": home.name,
         "RUNNER_CACHE": str(Path(home.name, "cache")),
         "RUNNER_METADATA": "off",  # tests may run on a machine of a cloud
+        "RUNNER_REPORT": "off",  # half a second for each of many runs; tests/test_report_end.py has it on
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "DO_NOT_TRACK": "1",

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from runner.train.evaluation.pair_metrics import METRICS, Z, nearer, normal, preferred, summarize, wilson
+from runner.intervals import Z, normal, wilson
+from runner.train.evaluation.pair_metrics import METRICS, nearer, preferred, summarize
 
 NEARER = [
     ("red 1, blue 2", "red 1, blue 2", "blue 2, red 1", "chosen"),

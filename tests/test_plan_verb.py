@@ -142,6 +142,8 @@ def test_a_plan_is_what_training_then_reports(file: str, data: str, tmp_path: Pa
     section = numbers.training_section(job, answer.data, verb.geometry(job), "single")
     assert (section["steps"], answer.data.rows) == (told["steps"], told["rows"]) == (len(steps), 64)
     assert answer.data.tokens.largest == told["tokens_max"]
+    assert told["model"] == answer.model.model_dump(mode="json")
+    assert told["data"] == answer.data.model_dump(mode="json")
     assert numbers.trainable(answer.model) == outcome["facts"]["trainable_parameters"]
     assert answer.weight_bytes == outcome["facts"]["weight_bytes"]
     assert answer.data.images.mean * 64 == sum(step["images"] for step in steps)

@@ -29,7 +29,7 @@ def shell(command: str, folder: Path, environment: dict[str, str]) -> subprocess
         cwd=folder,
         capture_output=True,
         text=True,
-        env={**os.environ, **environment},
+        env={**os.environ, "RUNNER_REPORT": "on", **environment},
     )
 
 

@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import re
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ BASE = "base"
 OWN = "adapter"
 WHOLE = "model"
 """What a run without LoRA leaves."""
+IMAGES = "images.zip"
+"""Of `runner.train.evaluation.thumbnails`; the images of all labels are in one."""
 _TAKEN = {BASE, OWN, WHOLE, "before", "after"}
 
 
@@ -178,7 +181,19 @@ def _keep(made: Path, kept: Path, label: str, adapter: Path | None, job: Job) ->
     name = BASE if adapter is None else OWN
     with disk("keep the evaluation", kept):
         document: dict[str, Any] = json.loads((made / f"{name}.json").read_bytes())
+        join_images(made / IMAGES, kept / IMAGES)
         document |= {"adapter": None if adapter is None else str(adapter), "model": job.model.name_or_path}
         (made / f"{name}.predictions.jsonl").replace(kept / f"{label}.predictions.jsonl")
         write_json(kept / f"{label}.json", document)
     return document
+
+
+def join_images(made: Path, kept: Path) -> None:
+    """Add an archive to the one that is kept. Each image has its content's name."""
+    if not made.exists():
+        return
+    if zipfile.is_zipfile(kept):
+        with zipfile.ZipFile(kept) as old, zipfile.ZipFile(made, "a") as new:
+            for name in sorted(set(old.namelist()) - set(new.namelist())):
+                new.writestr(old.getinfo(name), old.read(name))
+    made.replace(kept)

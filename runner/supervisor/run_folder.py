@@ -17,6 +17,7 @@ steps.jsonl     every optimizer step, when training is done
 evaluations.jsonl   every evaluation during training (`runner.train.watch`)
 adapter/        what was trained
 result.json     how it ended (`runner.supervisor.result`)
+report.html     the same for people (`runner.report`)
 """
 
 from __future__ import annotations

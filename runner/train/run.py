@@ -32,6 +32,7 @@ from runner.train.facts import peak_memory, versions, weight_bytes
 from runner.train.memory import memory_named
 from runner.train.models import adapter
 from runner.train.models import model as models
+from runner.train.planned import planned
 from runner.train.savings import Savings, savings
 from runner.train.trainer import RunTrainer
 from runner.train.watch import RECORD, Watch
@@ -52,6 +53,8 @@ class Prepared:
     eval_rows: Rows | None
     savings: Savings | None
     """Of training."""
+    planned: dict[str, Any]
+    """What the `plan` event tells of model and data; empty on all ranks but the first."""
 
 
 def train(plan: Plan, channel: Channel) -> dict[str, Any]:
@@ -140,12 +143,15 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
     limit = preparation.token_limit(job, plan.fetched.model)
     processor = models.load_processor(job, plan.fetched.model)
     train_rows = eval_rows = applied = None
+    told: dict[str, Any] = {}
     with first_on_machine():
         if plan.purpose == "train":
             train_rows = preparation.train_rows(job, plan.fetched.train, processor, limit)
             applied = savings(job, train_rows, processor, plan.fetched.model)
             collator = preparation.collator(job, processor, train_rows, applied)
             channel.send("audit", lines=audit(train_rows, collator, processor))
+            if world().first:
+                told = planned(plan, train_rows, collator, applied)
         eval_rows = preparation.eval_rows(job, plan.fetched.eval, processor, limit)
     placement.check_rows(plan, train_rows, eval_rows)
     for rows in (train_rows, eval_rows):
@@ -153,7 +159,7 @@ def _prepare(plan: Plan, channel: Channel) -> Prepared:
             channel.send("warning", message=f"{row} is skipped: {reason}")
         for note in () if rows is None else rows.notes:
             channel.send("message", text=note)
-    return Prepared(processor, train_rows, eval_rows, applied)
+    return Prepared(processor, train_rows, eval_rows, applied, told)
 
 
 def _steps(plan: Plan, prepared: Prepared) -> int:
@@ -312,6 +318,8 @@ def _numbers(plan: Plan, prepared: Prepared, trainer: RunTrainer) -> dict[str, A
         "tokens_max": rows.max_tokens,
         "geometry": plan.geometry.model_dump(),
         "restored_step": trainer.steps[-1].step if trainer.steps else 0,
+        "strategy": plan.strategy,
+        **prepared.planned,
     }
 
 

@@ -98,7 +98,7 @@ def open_image(stored: Stored, scale: float = 1.0) -> tuple[Image.Image, tuple[s
     Raises:
         BadImage: see the table above.
     """
-    image, notes = _decode(_read(stored))
+    image, notes = _decode(stored_bytes(stored))
     image, converted = _to_rgb(image)
     notes.extend(converted)
     if scale < 1.0:
@@ -117,7 +117,7 @@ def inspect(images: Sequence[Stored | None]) -> Inspection:
                 found["problem"] = found["problem"] or f"{which} is null"
             continue
         try:
-            data = _read(stored)
+            data = stored_bytes(stored)
             digest.update(hashlib.sha256(data).digest())
             image, notes = open_image(Stored(bytes=data, path=stored["path"]))
         except BadImage as error:
@@ -137,8 +137,12 @@ def scaled(height: int, width: int, scale: float) -> tuple[int, int]:
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def _read(stored: Stored) -> bytes:
-    """The encoded bytes, from the row or from the file that it names."""
+def stored_bytes(stored: Stored) -> bytes:
+    """The encoded bytes, from the row or from the file that it names.
+
+    Raises:
+        BadImage: there are none.
+    """
     data = stored["bytes"]
     if data is None:
         if stored["path"] is None:

@@ -2,6 +2,7 @@
 
     evaluation/before.json, after.json, step-<n>.json    metrics, and the part of the job that they hold for
     evaluation/<label>.predictions.jsonl                 every row: question, truth, prediction, verdicts
+    evaluation/images.zip                                small copies of the images of the first rows
 
 Of pairs, the predictions before training hold how likely the model that training starts from finds both
 answers: the reference that later evaluations are rewarded against. How an answer is generated and scored is
@@ -26,6 +27,7 @@ from runner.plan import Plan
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
 from runner.train.evaluation.evaluate import Evaluation, Reference, evaluate
+from runner.train.evaluation.thumbnails import illustrated
 from runner.train.memory import memory_named
 from runner.train.models import model as models
 from runner.train.world import device, from_first, world
@@ -137,7 +139,9 @@ class Evaluator:
     def _write(self, label: str, result: Evaluation) -> None:
         assert self._plan.job.evaluation is not None
         self._folder.mkdir(exist_ok=True)
-        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in result.records)
+        assert self._rows is not None
+        records = illustrated(result.records, self._rows, self._folder)
+        lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
         write_text(self._folder / PREDICTIONS.format(label), lines)
         spec = self._plan.job.evaluation.model_dump(mode="json")
         write_json(
