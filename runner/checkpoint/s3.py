@@ -167,6 +167,24 @@ class S3Store:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def folders(self) -> Iterator[str]:
+        """What keys begin with, up to their first slash: of the parent of runs, the runs. In order."""
+        token: dict[str, Any] = {}
+        while True:
+            query: dict[str, Any] = {"Prefix": self._key(""), "Delimiter": "/", **token}
+            page = self._patience.run(partial(self._call, "ListObjectsV2", "", **query))
+            for entry in page.get("CommonPrefixes", []):
+                yield entry["Prefix"][len(self._key("")) : -1]
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def extent(self, prefix: str) -> tuple[int, bool]:
+        """Bytes of the first thousand objects whose keys begin so, and whether those are all: one request."""
+        query: dict[str, Any] = {"Prefix": self._key(prefix)}
+        page = self._patience.run(partial(self._call, "ListObjectsV2", prefix, **query))
+        return sum(entry["Size"] for entry in page.get("Contents", [])), not page.get("IsTruncated")
+
     def delete(self, key: str) -> None:
         self._patience.run(lambda: self._call("DeleteObject", key, Key=self._key(key)))
 
