@@ -1,8 +1,10 @@
 """What to type after a command on a run has failed, by its exit code. Pure.
 
-75, 74     the same command: what was trained is kept
-65, 78     the job edited, or what it names mended, and the same command
-others     nothing: their messages say what to look at, or whom to ask
+    75, 74    the same command: what was trained is kept
+    78        the job edited, and the same command
+    65        the data mended, or the job edited, and the same command
+
+After every other end there is nothing to type: its message says what to look at, or whom to ask.
 """
 
 from __future__ import annotations

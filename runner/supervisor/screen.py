@@ -197,13 +197,14 @@ class Screen:
     def _draw(self, name: str, done: int | None, total: int | None, details: list[str]) -> None:
         count = "" if total is None else f"{done}/{total}"
         name, width, detail = fitted(name, count, details, self._console.width)
+        words = [TextColumn(f"{{task.{part}}}", markup=False) for part in _PARTS]
+        columns = (words[0], *([BarColumn(bar_width=width)] if width else []), *words[1:])
         if self._bar is None:
-            self._bar = Progress(console=self._console, auto_refresh=False, transient=True)
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
             self._task = self._bar.add_task(name, total=None, count="", detail="")
             self._guard(self._bar.start)
         assert self._task is not None
-        words = [TextColumn(f"{{task.{part}}}", markup=False) for part in _PARTS]
-        self._bar.columns = (words[0], *([BarColumn(bar_width=width)] if width else []), *words[1:])
+        self._bar.columns = columns
         self._bar.reset(
             self._task, total=total, completed=done or 0, description=name, count=count, detail=detail
         )
@@ -246,13 +247,17 @@ def _fits(cut: Mapping[str, Any], steps: Any, rows: Any) -> str:
 def fitted(name: str, count: str, details: Sequence[str], width: int) -> tuple[str, int, str]:
     """One line for a terminal of this width: the name, the width of the bar, and the details.
 
-    The bar goes first, then the details from the last but one backwards, then the first, then the name: of
-    `loss 0.5  900 tokens/s  1.5 GiB  ETA 0:50` stay `loss 0.5  ETA 0:50`.
+    What has no room goes, in this order: the details between the first and the last, from the back; the bar;
+    the last detail, the first; the end of the name. Of `loss 0.5  900 tokens/s  1.5 GiB  ETA 0:50` stay
+    `loss 0.5  ETA 0:50`.
     """
     room = width - 1 - len(name) - len(count) - 3 * _GAP
     kept = list(details)
+    while len(kept) > 2 and len("  ".join(kept)) > room - _LEAST_BAR:
+        del kept[-2]
     while kept and len("  ".join(kept)) > room:
-        del kept[-2 if len(kept) > 1 else 0]
+        del kept[-1]
     detail = "  ".join(kept)
-    bar = max(0, min(_BAR, room - len(detail)))
-    return name[: max(0, width - 1 - len(count) - _GAP)], bar if bar >= _LEAST_BAR else 0, detail
+    bar = min(_BAR, room - len(detail))
+    bar = bar if bar >= _LEAST_BAR else 0
+    return name[: max(0, width - 1 - len(count) - _GAP)], bar, detail
