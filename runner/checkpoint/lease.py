@@ -28,7 +28,7 @@ from runner.checkpoint.head import (
     is_manifest,
     successor,
 )
-from runner.checkpoint.store import Clock, Object, Patience, Readable, Store, Transient, understood
+from runner.checkpoint.store import Clock, Object, Patience, Store, Transient, understood
 from runner.errors import DataError, NotOwner, Preempted, RunnerError, StorageError
 
 POLL = 5.0
@@ -121,7 +121,7 @@ def found(store: Store) -> tuple[Head, str] | None:
     return decoded(store, held), held.etag
 
 
-def refuse_headless(store: Readable) -> None:
+def refuse_headless(store: Store) -> None:
     """Where there is no `HEAD`: raise when there are checkpoints.
 
     Raises:
@@ -134,7 +134,7 @@ def refuse_headless(store: Readable) -> None:
         )
 
 
-def decoded(store: Readable, held: Object) -> Head:
+def decoded(store: Store, held: Object) -> Head:
     """`HEAD` that was read.
 
     Raises:

@@ -61,23 +61,11 @@ class Object:
     """Seconds since it was written, by the store's own clock; None where it does not say. For people."""
 
 
-class Readable(Protocol):
-    """One run's place in a store, for who only looks."""
+class Store(Protocol):
+    """One run's place in a store."""
 
     place: str
     """For messages: the address of the run."""
-
-    def read(self, key: str) -> Object | None:
-        """The newest content of a key, None if there is none."""
-        ...
-
-    def keys(self, prefix: str) -> Iterator[str]:
-        """Keys that begin so, in order."""
-        ...
-
-
-class Store(Readable, Protocol):
-    """One run's place in a store."""
 
     def create(self, key: str, data: bytes) -> bool:
         """Write a key that nobody has written. True when it holds `data` now, whoever wrote it."""
@@ -95,6 +83,10 @@ class Store(Readable, Protocol):
         """
         ...
 
+    def read(self, key: str) -> Object | None:
+        """The newest content of a key, None if there is none."""
+        ...
+
     def fetch(self, key: str, path: Path, size: int) -> str:
         """Write an object into a file. Returns the file's SHA-256, hexadecimal, for the caller to judge.
 
@@ -104,6 +96,10 @@ class Store(Readable, Protocol):
             Missing: no such key.
             DataError: it has another size.
         """
+        ...
+
+    def keys(self, prefix: str) -> Iterator[str]:
+        """Keys that begin so, in order."""
         ...
 
     def delete(self, key: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
@@ -25,10 +25,11 @@ from runner.checkpoint.head import BLOBS, HEAD, MANIFESTS, is_manifest
 from runner.checkpoint.lease import decoded, refuse_headless
 from runner.checkpoint.place import open_store, run_place
 from runner.checkpoint.s3 import S3Store
-from runner.checkpoint.store import BootClock, Object, Patience, Readable
+from runner.checkpoint.store import BootClock, Patience, Store
 from runner.command import complain
 from runner.durable import disk
 from runner.errors import DataError, JobError, RunnerError, StorageError, UsageError
+from runner.job.yaml_source import LOADER
 from runner.status.rows import Row, Size, of_standing, of_trouble
 from runner.status.standing import standing
 
@@ -42,22 +43,6 @@ COUNTED = 10_000
 """Most files of a folder whose sizes are added up."""
 
 _OF_A_RUN = (".lock", "job.yaml", "run.json", "result.json")
-
-
-class Inside:
-    """A run below a bucket's prefix, read through the one client of all of them."""
-
-    def __init__(self, parent: S3Store, name: str) -> None:
-        self._parent = parent
-        self._name = name
-        self.place = f"{parent.place}/{name}"
-
-    def read(self, key: str) -> Object | None:
-        return self._parent.read(f"{self._name}/{key}")
-
-    def keys(self, prefix: str) -> Iterator[str]:
-        for key in self._parent.keys(f"{self._name}/{prefix}"):
-            yield key.removeprefix(f"{self._name}/")
 
 
 class Runs:
@@ -123,10 +108,9 @@ class Runs:
         def row() -> Row | None:
             if uri in self._silent:
                 raise self._silent[uri]
-            parent = self._bucket(uri)
-            inside = Inside(parent, name)
             try:
-                return _read(inside, name, where, lambda: size or Size(*parent.extent(f"{name}/")))
+                store = self._bucket(uri).below(name)
+                return _read(store, name, where, lambda: size or Size(*store.extent("")))
             except StorageError as error:
                 self._silent.setdefault(uri, error)
                 raise
@@ -182,7 +166,7 @@ def kept_at(folder: Path) -> str | None:
     with disk("read the job", file):
         text = file.read_text("utf-8", "replace")
     try:
-        job = yaml.safe_load(text)
+        job = yaml.load(text, Loader=LOADER)
         uri, name = job["checkpoints"]["uri"], job["name"]
     except (yaml.YAMLError, LookupError, TypeError) as error:
         remedy = "give the run's command again, which writes it"
@@ -208,7 +192,7 @@ def size_of(folder: Path) -> Size:
     return Size(total, True)
 
 
-def _read(store: Readable, name: str, where: str, size: Callable[[], Size]) -> Row | None:
+def _read(store: Store, name: str, where: str, size: Callable[[], Size]) -> Row | None:
     """The row of a store; None where it has no run."""
     if (held := store.read(HEAD)) is None:
         refuse_headless(store)

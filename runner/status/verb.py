@@ -17,7 +17,7 @@ from runner.checkpoint.find import nothing
 from runner.checkpoint.head import EVENTS, HEAD, Head
 from runner.checkpoint.lease import decoded, refuse_headless
 from runner.checkpoint.place import run_place
-from runner.checkpoint.store import Readable
+from runner.checkpoint.store import Store
 from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.errors import RunnerError
@@ -112,7 +112,7 @@ def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
     return run_place(settings.uri, job.name, (Path("runs") / job.name).absolute()), job
 
 
-def read(store: Readable) -> Standing | None:
+def read(store: Store) -> Standing | None:
     """Where the run of a store stands; None: nobody has begun it.
 
     `HEAD` is read once: it moves while one looks.
@@ -128,7 +128,7 @@ def read(store: Readable) -> Standing | None:
     return standing(head, held.age, None if newest is None else newest.age, _events(store, head))
 
 
-def _events(store: Readable, head: Head) -> Iterator[Event]:
+def _events(store: Store, head: Head) -> Iterator[Event]:
     match = re.fullmatch(rf"{EVENTS}(\d+)-(\d+)\.jsonl", head.events or "")
     if match is None:
         return
