@@ -61,7 +61,7 @@ def test_a_terminal_has_a_bar_between_the_opening_and_the_verdict(bench: Bench) 
         assert terminal.finish() == 0
     assert any(row.startswith("attempt 2 goes on from checkpoint") for row in terminal.rows)
     assert matches(terminal.rows[-4:], [VERDICT[0], VERDICT[1].replace("1 attempt", "2 attempts"), *NEXT])
-    assert "job          job.yaml; command line: training.logging_steps=9" in terminal.rows
+    assert "             command line: training.logging_steps=9" in terminal.rows
 
 
 @pytest.mark.parametrize("columns", [20, 40])
@@ -218,8 +218,8 @@ def test_the_opening_says_what_was_resolved_and_from_where(tmp_path: Path) -> No
         JOB__TRAINING__LEARNING_RATE="1e-5",
     )
     assert lines == {
-        "job": f"{tmp_path}/job.yaml; command line: quantization.load_in_4bit=True lora.r=4 "
-        "checkpoints.uri=s3://bucket/runs; environment: training.learning_rate=1e-05",
+        "job": f"{tmp_path}/job.yaml\n             command line: quantization.load_in_4bit=True lora.r=4 "
+        "checkpoints.uri=s3://bucket/runs\n             environment: training.learning_rate=1e-05",
         "base": "4-bit fp4, computes in bfloat16; frozen: vision_tower, projector",
         "adapter": "LoRA r=4, alpha 8, on all-linear",
         "data": "demo:charts[train] as vqa, 8 rows a step",

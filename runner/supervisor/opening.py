@@ -1,7 +1,8 @@
 """What a person reads first of a run: what was resolved, from where, and where it runs.
 
     demo-sft: sft of demo:smolvlm-tiny
-    job          jobs/demo-sft.yaml; command line: training.max_steps=20
+    job          jobs/demo-sft.yaml
+                 command line: training.max_steps=20
     base         4-bit nf4, computes in float32; frozen: vision_tower, projector
     adapter      LoRA r=16, alpha 32, on all-linear
     data         demo:charts[train] as vqa, 32 rows a step
@@ -76,7 +77,7 @@ def _origin(resolved: Resolved) -> str:
     for source, pairs in changed.items():
         more = f" and {len(pairs) - _SHOWN} more" if len(pairs) > _SHOWN else ""
         parts.append(f"{source}: {' '.join(pairs[:_SHOWN])}{more}")
-    return "; ".join(parts)
+    return f"\n{'':<{_LEFT}} ".join(parts)
 
 
 def _base(job: Job) -> str:
