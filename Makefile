@@ -54,7 +54,7 @@ bench: .venv/.installed .venv/torchvision-cpu ## Measure what the README promise
 	@$(BIN)/python bench/slow_store.py
 	@$(BIN)/python bench/checkpoints.py
 
-schema: .venv/.installed ## Write runner/schema/ again from the installed libraries and the manifest
+schema: .venv/.installed ## Write runner/schema/, docs/job.md and docs/training-options.md again
 	@$(BIN)/python -m runner.schema.generate
 
 image: ## Build the container image: make image TARGET=gpu BUILDER=podman (docs/container.md)

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runner import __version__
+from runner.again import again
 from runner.cluster.verbs import VERBS as CLUSTER
-from runner.command import Group, ReaderLeft, Verb, complain, listed, run, say
+from runner.command import Group, ReaderLeft, Verb, complain, listed, program, run, say
 from runner.errors import JobError, RunnerError, UsageError
 from runner.health import HEALTH
 from runner.job.secrets import without_secrets
@@ -27,7 +28,7 @@ from runner.job_words import SOURCES, job_arguments, split
 from runner.last_words import spoken
 from runner.render_verb import RENDER
 from runner.report import REPORT
-from runner.status import STATUS
+from runner.status import LIST, STATUS
 
 INTERRUPTED = 130
 """What a shell reports for Ctrl-C. `train` handles the signal itself and leaves with 75."""
@@ -61,16 +62,26 @@ def main(argv: list[str]) -> int:
     except JobError as error:
         count = len(error.problems)
         of_job = f"\n\n{count} problem{'s' if count != 1 else ''} in the job; nothing was started"
-        complain(f"{error}{of_job if isinstance(VERBS[argv[0]], Verb) else ''}")
+        complain(f"{error}{of_job if isinstance(VERBS[argv[0]], Verb) else ''}{_next(error, argv)}")
         return error.exit_code
     except RunnerError as error:
-        complain(without_secrets(str(error), os.environ))
+        complain(without_secrets(f"{error}{_next(error, argv)}", os.environ))
         return error.exit_code
     except KeyboardInterrupt:
         complain("interrupted")
         return INTERRUPTED
     except Exception as error:  # noqa: BLE001 (the last resort, and the only one in this process)
         return _defect(error)
+
+
+def _next(error: RunnerError, argv: list[str]) -> str:
+    """What to type next, where a run was at work."""
+    if argv[0] not in ("train", "evaluate"):
+        return ""
+    words = [word for word in argv[1:] if not word.startswith("-")]
+    file = next((word for word in words if "=" not in word), None) or os.environ.get("JOB_FILE")
+    line = again(error.exit_code, program(sys.argv[0]), argv, file)
+    return "" if line is None else f"\n{line}"
 
 
 def _run(argv: list[str]) -> int:
@@ -101,11 +112,23 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _train_arguments(parser: argparse.ArgumentParser) -> None:
+def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     job_arguments(parser)
     parser.add_argument(
         "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
     )
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _runs_arguments(parser)
+    voice = parser.add_mutually_exclusive_group()
+    voice.add_argument(
+        "--quiet", dest="voice", action="store_const", const="quiet", help="warnings, errors and the verdict"
+    )
+    voice.add_argument(
+        "--json", dest="voice", action="store_const", const="json", help="every event as a line of JSON"
+    )
+    parser.set_defaults(voice="lines")
 
 
 def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,7 +141,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
-    _train_arguments(parser)
+    _runs_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON document (docs/plan.md)")
     parser.add_argument(
         "--gpu", metavar="TYPE", help="type of GPU that memory is counted for, as L4 or A100-80GB, or cpu"
@@ -198,7 +221,7 @@ def _train(arguments: argparse.Namespace) -> int:
     resolved = resolve(*split(arguments.words), os.environ)  # a bad job is answered before more is loaded
     from runner import launch
 
-    return launch.train(resolved, arguments.runs)
+    return launch.train(resolved, arguments.runs, voice=arguments.voice)
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
@@ -207,7 +230,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     resolved = resolve(*split(arguments.words), os.environ)
     from runner import launch
 
-    return launch.evaluate(resolved, arguments.runs, arguments.adapter)
+    return launch.evaluate(resolved, arguments.runs, arguments.adapter, voice=arguments.voice)
 
 
 def _schema(arguments: argparse.Namespace) -> int:
@@ -277,6 +300,7 @@ VERBS: dict[str, Verb | Group] = {
         _checkpoints,
     ),
     **CLUSTER,
+    "list": LIST,
     "status": STATUS,
     "health": HEALTH,
     "schema": Verb(

@@ -8,9 +8,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
+import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from runner.errors import StorageError, UsageError
@@ -93,6 +96,27 @@ def _run_verb(program: str, verb: Verb, words: list[str]) -> int:
 def listed(verbs: Mapping[str, Verb] | Mapping[str, Verb | Group]) -> str:
     """The verbs with what they do, a line each."""
     return "\n".join(f"  {name:<11} {verb.help}" for name, verb in verbs.items())
+
+
+def program(started: str) -> str:
+    """What a person types to start this program again.
+
+    started as                 it is                                     answer
+    /x/.venv/bin/runner        the `runner` of the search path           runner
+    .venv/bin/runner           another                                   .venv/bin/runner
+    /x/runner/__main__.py      a module                                  python -m runner
+    anything else              a program of somebody else's              runner
+
+    Args:
+        started: `sys.argv[0]`.
+    """
+    name = Path(started).name
+    if name == "__main__.py":
+        return "python -m runner"
+    if name != "runner":
+        return "runner"
+    found = shutil.which("runner")
+    return "runner" if found is not None and Path(found).samefile(started) else shlex.quote(started)
 
 
 def say(text: str) -> None:

@@ -74,9 +74,8 @@ class EventLog:
     def write(self, event: Mapping[str, Any]) -> Event:
         """Append an event and return it as written."""
         stamped = {"time": self._clock(), "attempt": self.attempt, **event}
-        line = json.dumps(stamped, ensure_ascii=False, default=str) + "\n"
         with disk("write events", self._path):
-            self._file.write(line.encode("utf-8", "replace"))
+            self._file.write(encoded(stamped))
         return stamped
 
     @property
@@ -98,6 +97,11 @@ class EventLog:
             self._file.seek(-1, os.SEEK_END)
             if self._file.read(1) != b"\n":
                 self._file.write(b"\n")
+
+
+def encoded(event: Mapping[str, Any]) -> bytes:
+    """An event as its line."""
+    return (json.dumps(event, ensure_ascii=False, default=str) + "\n").encode("utf-8", "replace")
 
 
 def read(path: Path, begin: int = 0) -> Iterator[Event]:

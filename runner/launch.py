@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from runner import last_words
+from runner.command import program
 from runner.durable import disk, write_text
 from runner.errors import Preempted, RunnerError
 from runner.events import EventLog
@@ -36,6 +38,8 @@ from runner.supervisor.attempt import TRAINER
 from runner.supervisor.attempts import Attempts
 from runner.supervisor.custody import LOOK, Custody
 from runner.supervisor.direct import grace_seconds
+from runner.supervisor.display import Display, Voice, display
+from runner.supervisor.ending import next_lines, verdict
 from runner.supervisor.evaluation import evaluate
 from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
@@ -46,7 +50,8 @@ from runner.supervisor.member import member
 from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
 from runner.supervisor.notices import Notices
-from runner.supervisor.progress import Screen, change_lines, duration
+from runner.supervisor.opening import opening
+from runner.supervisor.progress import near
 from runner.supervisor.reporting import reported
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.team import Team
@@ -56,11 +61,14 @@ from runner.topology import topology
 __all__ = ["evaluate", "train"]
 
 
-def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINER) -> int:
+def train(
+    resolved: Resolved, runs_dir: Path, *, voice: Voice = "lines", trainer: Sequence[str] = TRAINER
+) -> int:
     """Train a job to its end, from wherever it is. Returns 0.
 
     Args:
         runs_dir: the parent of `runs/<name>`.
+        voice: who listens.
         trainer: the command that runs a plan; tests give their own.
 
     Raises:
@@ -73,7 +81,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
     # A host's full name may take a look-up.
     here = topology(os.environ, job.launch.nodes, socket.getfqdn() if job.launch.nodes > 1 else "")
     if here.index > 0:
-        code = member(job, (runs_dir / job.name).absolute(), here, machine, trainer)
+        code = member(job, (runs_dir / job.name).absolute(), here, machine, trainer, voice)
         last_words.write(os.environ, "done", code, "done, as node 0 says")
         return code
     grace, source = grace_seconds(os.environ), metadata_source(os.environ)
@@ -82,12 +90,14 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         folder.locked() as lock,
         Heart(folder.path) as heart,
         Notices(stop_file=folder.stop, beat=heart.beat) as notices,
-        contextlib.closing(Screen()) as screen,
+        contextlib.closing(display(voice)) as screen,
         reported(folder, notices, screen.line),
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
         journal = Journal(log, screen, notices.wake)
+        for line in opening(resolved, folder.path, machine, placement):
+            journal.line(line)
 
         def warn(text: str) -> None:
             journal.say({"event": "warning", "message": text})
@@ -115,7 +125,7 @@ class _Run:
         resolved: Resolved,
         folder: RunFolder,
         notices: Notices,
-        screen: Screen,
+        screen: Display,
         journal: Journal,
         attempts: Attempts,
         custody: Custody,
@@ -214,7 +224,7 @@ class _Run:
         result.write(self._folder.result, written)
         last_words.write(os.environ, "done", 0, "done", written.steps, written.checkpoint)
         shutil.rmtree(folder, ignore_errors=True)
-        _report(written, self._journal.line)
+        self._last(written)
 
     def _gathered(self, written: result.Result) -> Path:
         """What the run ends with. It reads every byte of a model, and this process looks around meanwhile."""
@@ -234,7 +244,7 @@ class _Run:
         try:
             result.write(self._folder.result, self._ended(error.outcome, error.exit_code, str(error)))
         except RunnerError as second:  # the disk, most likely for the same reason
-            self._screen.line(f"warning: {second}")
+            self._screen.loud(f"warning: {second}")
 
     def _ended(self, outcome: str, exit_code: int, error: str | None) -> result.Result:
         """Say how it ended, and compose that for people's programs."""
@@ -271,23 +281,23 @@ class _Run:
             if found is not None:
                 final.spread(found, self._folder)
                 kept = result.read(self._folder.result)
-        where = self._custody.place.store if kept is None else _trained(kept, self._folder)
-        self._journal.line(f"run {self._job.name} is done already: {where}")
+        where = self._custody.place.store if kept is None else near(_trained(kept, self._folder))
+        self._journal.loud(f"run {self._job.name} is done already: {where}")
         step, checkpoint = (None, None) if kept is None else (kept.steps, kept.checkpoint)
         last_words.write(os.environ, "done", 0, "done already", step, checkpoint)
+        # Its events are of the command that did it.
+        self._screen.show({"event": "end", "outcome": "done", "exit_code": 0, "error": None})
         if kept is not None:
-            for line in change_lines(kept.metrics["before"], kept.metrics["after"]):
-                self._journal.line(line)
+            self._last(kept)
+
+    def _last(self, ended: result.Result) -> None:
+        """Tell a person what came of it."""
+        for line in verdict(ended, _trained(ended, self._folder)):
+            self._journal.loud(line)
+        for line in next_lines(self._folder.path, program(sys.argv[0])):
+            self._journal.line(line)
 
 
 def _trained(kept: result.Result, folder: RunFolder) -> Path:
     """What a finished run made; by its name, because runs may be moved."""
     return folder.path / Path(kept.adapter or folder.adapter).name
-
-
-def _report(written: result.Result, line: Callable[[str], None]) -> None:
-    for change in change_lines(written.metrics["before"], written.metrics["after"]):
-        line(change)
-    count = len(written.restarts)
-    restarts = f", {count} restart{'s' if count > 1 else ''}" if count else ""
-    line(f"done: {written.steps} steps in {duration(written.seconds)}{restarts}; {written.adapter}")

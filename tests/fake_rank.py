@@ -203,6 +203,7 @@ class Rank:
         name = "base" if self.plan["adapter"] is None else "adapter"
         score = 0.25 if name == "base" else 0.75
         self.faults.at("evaluate")
+        self.send("evaluation", when=name, step=0, metrics=_metrics(score))
         made = self.run / "evaluation"
         made.mkdir()
         (made / f"{name}.predictions.jsonl").write_text('{"prediction": "14"}\n')

@@ -114,13 +114,13 @@ def test_verbs_reach_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Launch:
         @staticmethod
-        def train(resolved: Any, runs: Path) -> int:
-            calls.append((resolved.job.name, runs))
+        def train(resolved: Any, runs: Path, *, voice: str) -> int:
+            calls.append((resolved.job.name, runs, voice))
             return 75
 
         @staticmethod
-        def evaluate(resolved: Any, runs: Path, adapter: str | None) -> int:
-            calls.append((resolved.job.name, runs, adapter))
+        def evaluate(resolved: Any, runs: Path, adapter: str | None, *, voice: str) -> int:
+            calls.append((resolved.job.name, runs, adapter, voice))
             raise DataError("read rows of x: gone\n    remedy: bring it back")
 
     import runner
@@ -128,8 +128,9 @@ def test_verbs_reach_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "runner.launch", Launch)
     monkeypatch.setattr(runner, "launch", Launch, raising=False)
     assert cli.main(["train", GOOD, "name=other", "--runs", "there"]) == 75
-    assert cli.main(["evaluate", GOOD, "--adapter", "a"]) == 65
-    assert calls == [("other", Path("there")), ("good", Path("runs"), "a")]
+    assert cli.main(["evaluate", GOOD, "--adapter", "a", "--json"]) == 65
+    assert calls == [("other", Path("there"), "lines"), ("good", Path("runs"), "a", "json")]
+    assert cli.main(["train", GOOD, "--quiet", "--json"]) == 64
 
 
 def test_a_defect_is_one_line_and_a_traceback_in_a_file(

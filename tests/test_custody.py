@@ -24,9 +24,9 @@ from runner.supervisor.custody import Custody
 from runner.supervisor.final import gather, spread
 from runner.supervisor.journal import Journal
 from runner.supervisor.notices import Notices
-from runner.supervisor.progress import Screen
 from runner.supervisor.result import Result, read
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.screen import Screen
 from tests.small_job import SMALL
 
 

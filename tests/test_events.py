@@ -17,7 +17,8 @@ from runner import events
 from runner.events import LONGEST, EventLog, LineReader
 from runner.supervisor import result
 from runner.supervisor.journal import Journal
-from runner.supervisor.progress import Screen, change_lines, duration, metric_lines
+from runner.supervisor.progress import change_lines, duration, metric_lines
+from runner.supervisor.screen import Screen
 
 ROOT = Path(__file__).parents[1]
 

@@ -281,6 +281,20 @@ def test_a_reader_may_do_without_pins(
     assert "reading without a pin" in capsys.readouterr().err
 
 
+def test_a_reader_lists_runs_without_pins(
+    account: Account, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed(account, tmp_path)
+    rights = [one for one in policy("reader", account.prefix) if "Pins" not in one["Sid"]]
+    account.grant(rights)
+    assert cli.main(["list", account.uri.removesuffix("/run")]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"^run +starting .* kB ", out, re.MULTILINE) and err == ""
+    assert account.used() == actions(rights)
+    account.grant([one for one in rights if "s3:GetObject" in one["Action"]])
+    assert cli.main(["list", account.uri.removesuffix("/run")]) == 77
+
+
 def test_a_reader_changes_nothing(account: Account, tmp_path: Path) -> None:
     run = committed(account, tmp_path)
     run.lease.release()

@@ -374,7 +374,7 @@ def test_keys_that_define_nothing_may_change(bench: Bench, undisturbed: str) -> 
     code, output = bench.train(overrides=changed)
     assert code == 0, output
     assert 'changed since the run began: training.per_device_train_batch_size: "auto" -> 2' in output
-    assert "logging_steps" not in output
+    assert "changed since the run began: training.logging_steps" not in output
     assert bench.weights() == undisturbed
 
 
@@ -411,7 +411,7 @@ def test_evaluate_takes_the_runs_own_adapter_the_base_or_a_folder(bench: Bench) 
     assert "relaxed accuracy 0.25 (n=4; human 0.25)" in output
     assert bench.train()[0] == 0
     code, output = bench.train(verb="evaluate", overrides=("evaluation.max_samples=1",))
-    assert f"evaluating the adapter in {bench.run / 'adapter'}" in output
+    assert "evaluating the adapter in runs/bench/adapter" in output
     assert "relaxed accuracy 0.75" in output
     assert "evaluating the base model" in bench.train(verb="evaluate", adapter="base")[1]
     other = bench.path / "My adapter"

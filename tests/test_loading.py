@@ -16,7 +16,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from runner.events import Event
-from runner.supervisor.progress import Screen
+from runner.supervisor.screen import Screen
 from runner.train import loading
 from runner.train.loading import Room, Timed, prefetch, workers
 from tests.attempts import planned, run, steps

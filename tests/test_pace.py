@@ -17,7 +17,7 @@ from runner.events import EventLog
 from runner.supervisor.direct import Director, grace_seconds
 from runner.supervisor.journal import Journal
 from runner.supervisor.pace import Pace, save_interval
-from runner.supervisor.progress import Screen
+from runner.supervisor.screen import Screen
 
 
 @pytest.mark.parametrize(

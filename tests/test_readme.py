@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 
 from runner.supervisor import identity
+from tests.pages import commands
 from tests.s3_server import ENVIRONMENT, s3_server
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 BIN = Path(sys.executable).parent
-BLOCKS = dict.fromkeys(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+COMMANDS = commands(README)
 LIGHT = [command for command in COMMANDS if not command.startswith("make")]
 
 

@@ -13,6 +13,7 @@ import pytest
 from runner.job.ownership import OWNED
 from runner.manifest import Training
 from runner.schema.job import METHODS, SECTIONS, job_schema, passed_through, training_options
+from runner.schema.job_page import job_page
 
 ROOT = Path(__file__).parent.parent
 SCHEMA = ROOT / "runner" / "schema"
@@ -28,6 +29,7 @@ def test_generated_files_are_not_stale(tmp_path: Path) -> None:
         ("upstream.json", SCHEMA),
         ("job.json", SCHEMA),
         ("training-options.md", ROOT / "docs"),
+        ("job.md", ROOT / "docs"),
     ):
         assert (tmp_path / name).read_text("utf-8") == (committed / name).read_text("utf-8"), (
             "run `make schema`"
@@ -37,6 +39,7 @@ def test_generated_files_are_not_stale(tmp_path: Path) -> None:
 def test_the_job_schema_and_the_page_follow_without_torch() -> None:
     assert json.loads((SCHEMA / "job.json").read_text("utf-8")) == job_schema(UPSTREAM)
     assert (ROOT / "docs" / "training-options.md").read_text("utf-8") == training_options(UPSTREAM)
+    assert (ROOT / "docs" / "job.md").read_text("utf-8") == job_page(), "run `make schema`"
 
 
 @pytest.mark.parametrize("config", SECTIONS)

@@ -34,11 +34,13 @@ def open_store(
     fenced: bool = True,
     kms_key: str | None = None,
     bucket_owner: str | None = None,
+    of_runs: bool = False,
 ) -> Store:
     """The store of one run. Nothing is asked of it yet.
 
     Args:
         place: address of the run.
+        of_runs: it is the parent of runs instead, which may be a whole bucket.
         fenced: False for a bucket without conditional writes.
 
     Raises:
@@ -54,7 +56,7 @@ def open_store(
     if scheme != "s3":
         raise _unknown(place, f"{scheme}:// is not spoken here")
     bucket, _, prefix = rest.strip("/").partition("/")
-    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) or not prefix:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket) or not (prefix or of_runs):
         raise _unknown(place, "it must name a bucket (3 to 63 of a-z 0-9 . -) and a run in it")
     from runner.checkpoint.s3 import S3Store, Settings
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from runner import aws
 from runner.checkpoint.s3_errors import Meaning, answered, silent
@@ -74,10 +75,7 @@ class S3Store:
             if settings.kms_key is None
             else {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": settings.kms_key}
         )
-        self._clients: list[Any] = []
-        """The last one is in use; those before it had credentials that have expired."""
-        self._expired = True
-        self._lock = threading.Lock()
+        self._clients = _Clients()
         self._worked: set[str] = set()
         """Operations that were answered: a right to read says nothing about one to write."""
         self._pool = ThreadPoolExecutor(THREADS, "s3")
@@ -167,13 +165,39 @@ class S3Store:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
+    def folders(self) -> Iterator[str]:
+        """What keys begin with, up to their first slash: of the parent of runs, the runs. In order."""
+        token: dict[str, Any] = {}
+        while True:
+            query: dict[str, Any] = {"Prefix": self._key(""), "Delimiter": "/", **token}
+            page = self._patience.run(partial(self._call, "ListObjectsV2", "", **query))
+            for entry in page.get("CommonPrefixes", []):
+                yield entry["Prefix"][len(self._key("")) : -1]
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def below(self, name: str) -> Self:
+        """A run below this place, through the same connections, which stay this store's to close. What was
+        answered here says nothing about the rights there."""
+        run = copy.copy(self)
+        run._at = replace(self._at, prefix=self._key(name))
+        run._worked = set()
+        run.place = f"{self.place}/{name}"
+        return run
+
+    def extent(self, prefix: str) -> tuple[int, bool]:
+        """Bytes of the first thousand objects whose keys begin so, and whether those are all: one request."""
+        query: dict[str, Any] = {"Prefix": self._key(prefix)}
+        page = self._patience.run(partial(self._call, "ListObjectsV2", prefix, **query))
+        return sum(entry["Size"] for entry in page.get("Contents", [])), not page.get("IsTruncated")
+
     def delete(self, key: str) -> None:
         self._patience.run(lambda: self._call("DeleteObject", key, Key=self._key(key)))
 
     def close(self) -> None:
         self._pool.shutdown()
-        for client in self._clients:
-            client.close()
+        self._clients.close()
 
     def _unless_ended(self, call: Callable[[], None]) -> None:
         """A part of a file; none is begun once a notice has ended the waiting for the whole."""
@@ -289,7 +313,7 @@ class S3Store:
         if isinstance(body := fields.get("Body"), Slice):
             body.seek(0)
         try:
-            client = self._connected()
+            client = self._clients.newest(self.place)
             method = getattr(client, _METHODS[operation])
             result = use(method(Bucket=self._at.bucket, **self._owner, **fields))
         except ClientError as error:
@@ -297,8 +321,7 @@ class S3Store:
             if what is Meaning.LOST:
                 raise _Lost from error
             if what is Meaning.EXPIRED:
-                with self._lock:
-                    self._expired = True  # the next call reads the credentials again
+                self._clients.expire()  # the next call reads the credentials again
             raise ours from error
         except ParamValidationError as error:
             reason = f"{self.place}: not a place in S3: {error}"
@@ -311,20 +334,44 @@ class S3Store:
         self._worked.add(operation)
         return result
 
-    def _connected(self) -> Any:
+
+class _Clients:
+    """The clients of a store and of what is below it: one at a time, another when its credentials expire."""
+
+    def __init__(self) -> None:
+        self._all: list[Any] = []
+        """The last one is in use; those before it had credentials that have expired."""
+        self._expired = True
+        self._lock = threading.Lock()
+
+    def newest(self, place: str) -> Any:
+        """The client in use, made when there is none.
+
+        Args:
+            place: for messages.
+        """
         with self._lock:
             if self._expired:
                 try:
-                    self._clients.append(_client())
+                    self._all.append(_client())
                 except ValueError as error:  # botocore's word for an endpoint or a region that is none
                     remedy = "correct AWS_ENDPOINT_URL (as http://host:9000) or AWS_REGION"
-                    raise JobError([Problem("checkpoints.uri", f"{self.place}: {error}", remedy)]) from error
+                    raise JobError([Problem("checkpoints.uri", f"{place}: {error}", remedy)]) from error
                 except OSError as error:
-                    said = f"{self.place}: no usable credentials: {error.filename}: {error.strerror}"
+                    said = f"{place}: no usable credentials: {error.filename}: {error.strerror}"
                     remedy = "remedy: correct the file that AWS_* or ~/.aws names"
                     raise AccessDenied(f"{said}; {remedy}") from error
                 self._expired = False
-            return self._clients[-1]
+            return self._all[-1]
+
+    def expire(self) -> None:
+        """Its credentials have expired."""
+        with self._lock:
+            self._expired = True
+
+    def close(self) -> None:
+        for client in self._all:
+            client.close()
 
 
 class _Lost(Exception):

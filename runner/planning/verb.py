@@ -26,8 +26,8 @@ from runner.supervisor.ask import ask
 from runner.supervisor.direct import grace_seconds
 from runner.supervisor.fetching import fetched
 from runner.supervisor.notices import Notices
-from runner.supervisor.progress import Screen
 from runner.supervisor.run_folder import RunFolder
+from runner.supervisor.screen import Screen
 from runner.supervisor.world import Placement, place
 
 

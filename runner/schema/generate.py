@@ -1,8 +1,8 @@
-"""Writes upstream.json and job.json here, and docs/training-options.md: `python -m runner.schema.generate`.
+"""Writes upstream.json and job.json here, and two pages of docs/: `python -m runner.schema.generate`.
 
 It imports torch, transformers, trl and peft, as a program of its own that nothing imports. Types, choices,
 defaults and the first sentence of each field's help come from the pinned libraries. `RULES` adds what they
-check only when the value is used, an hour later. `--to DIR` writes all three into one folder, for the test
+check only when the value is used, an hour later. `--to DIR` writes all of them into one folder, for the test
 that compares them with what is committed.
 """
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runner.schema.job import job_schema, training_options
+from runner.schema.job_page import job_page
 
 HERE = Path(__file__).parent
 
@@ -246,7 +247,9 @@ def _first_sentence(text: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write runner/schema/*.json and docs/training-options.md.")
+    parser = argparse.ArgumentParser(
+        description="Write runner/schema/*.json, docs/training-options.md and docs/job.md."
+    )
     parser.add_argument("--to", type=Path, help="write into this folder instead")
     to: Path | None = parser.parse_args().to
     upstream = upstream_schema()
@@ -254,6 +257,7 @@ def main() -> None:
         ((to or HERE) / "upstream.json", json.dumps(upstream, indent=1, ensure_ascii=False) + "\n"),
         ((to or HERE) / "job.json", json.dumps(job_schema(upstream), indent=1, ensure_ascii=False) + "\n"),
         ((to or HERE.parent.parent / "docs") / "training-options.md", training_options(upstream)),
+        ((to or HERE.parent.parent / "docs") / "job.md", job_page()),
     ):
         path.write_text(text, encoding="utf-8")
         print(path)

@@ -1,7 +1,13 @@
-"""`runner status JOB | URI`: where a run stands, from its store, on any machine that may read there.
+"""Where runs stand, from their stores, on any machine that may read there.
+
+    runner status JOB | URI        one run, in detail
+    runner list [DIR | URI ...]    a row for each
 
     runner.status.standing    what HEAD, the newest manifest and the events say, as data. Pure
     runner.status.verb        reads them, and prints
+    runner.status.runs        finds runs and reads where each stands
+    runner.status.rows        as rows. Pure
+    runner.status.listing     `runner list`
 
 Nothing is written, and what nobody has written down is said to be unknown. Where a job is named that says on
 which cluster or queue it runs, that one is asked too; without its answer the store's still stands.
@@ -39,4 +45,29 @@ STATUS = Verb(
     "  runner status runs/my-charts --json\n",
     _arguments,
     _status,
+)
+
+
+def _list_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "places",
+        nargs="*",
+        metavar="DIR | URI",
+        help="a folder of runs, or what jobs name in checkpoints.uri: s3://bucket/prefix (default: runs)",
+    )
+    parser.add_argument("--json", action="store_true", help="for programs (docs/status.md)")
+    parser.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from runner.status.listing import list_runs
+
+    return list_runs(arguments)
+
+
+LIST = Verb(
+    "List runs, newest first: those of this machine, or those under a URI.",
+    "  runner list\n  runner list s3://bucket/prefix\n  runner list runs s3://bucket/prefix --json\n",
+    _list_arguments,
+    _list,
 )

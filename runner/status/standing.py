@@ -80,6 +80,8 @@ class Standing:
     lost: int | None
     restarts: tuple[Mapping[str, Any], ...]
     seconds: float | None
+    metrics: Mapping[str, Any] | None
+    """`before` and `after`, each null until it is known."""
     error: str | None
     """Why it ended, if it did."""
     exit_code: int | None
@@ -168,6 +170,7 @@ def standing(
         lost=None if record is None else record.lost,
         restarts=() if record is None else tuple(record.restarts),
         seconds=None if record is None else record.seconds,
+        metrics=None if record is None else record.metrics,
         error=last.get("error") if ended else None,
         exit_code=record.exit_code if ended and record is not None else None,
         events=tuple(event for event in events if event["event"] not in QUIET)[-EVENTS:],

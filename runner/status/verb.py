@@ -24,8 +24,9 @@ from runner.errors import RunnerError
 from runner.events import Event
 from runner.job_words import split
 from runner.manifest import Job
+from runner.status.runs import kept_at
 from runner.status.standing import Standing, standing
-from runner.supervisor.progress import duration, printable
+from runner.supervisor.progress import change_lines, duration, printable
 
 _PARTS = 4
 """Parts of the events that are read, the newest of the owner that wrote last."""
@@ -99,8 +100,10 @@ def _submissions(job: Job, context: str | None) -> list[str] | None:
 def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
     """The address of the run that a person named: as it is, or by its job."""
     words: list[str] = arguments.words
-    if len(words) == 1 and ("://" in words[0] or Path(words[0]).expanduser().is_dir()):
+    if len(words) == 1 and "://" in words[0]:
         return words[0], None
+    if len(words) == 1 and (folder := Path(words[0]).expanduser()).is_dir():
+        return kept_at(folder) or words[0], None
     from runner.settings import resolve
 
     job = resolve(*split(words), os.environ).job
@@ -151,6 +154,8 @@ def text(place: str, here: Standing) -> str:
     if here.error:
         lines.append(f"  ended with {_known(here.exit_code)}: {_line(str(here.error))}")
     lines.append(f"  step {_known(here.step)} of {_known(here.steps)}{_loss(here)}{_eta(here)}")
+    if here.metrics is not None:
+        lines += [f"  {line}" for line in change_lines(here.metrics.get("before"), here.metrics.get("after"))]
     if here.checkpoint is None:
         lines.append("  no checkpoint is committed")
     else:

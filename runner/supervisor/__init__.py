@@ -22,6 +22,7 @@ link, uplink   node 0 and the nodes that follow it; wire: what they say, hello: 
 team           the other nodes, as the attempts of node 0 see them
 follow, order  what a node does that follows node 0, and what it is asked for; member: its command
 journal        what happens, told once: to the events, the record, the screen
-progress       what people see
+progress       a run in words; opening: what it begins with
+screen         what people see; display: and what programs see
 result         result.json, and the record that `HEAD` keeps
 """

@@ -25,13 +25,13 @@ from runner.supervisor.batch import Batch
 from runner.supervisor.choice import capacity, chosen
 from runner.supervisor.custody import Custody
 from runner.supervisor.direct import Director
+from runner.supervisor.display import Display
 from runner.supervisor.fetch import cache_folder
 from runner.supervisor.follow import pause
 from runner.supervisor.identity import Identity
 from runner.supervisor.journal import Journal
 from runner.supervisor.notices import Notices
 from runner.supervisor.pace import Pace
-from runner.supervisor.progress import Screen
 from runner.supervisor.references import references_file
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
@@ -55,7 +55,7 @@ class Attempts:
         job: Job,
         folder: RunFolder,
         notices: Notices,
-        screen: Screen,
+        screen: Display,
         journal: Journal,
         grace: float | None,
         trainer: Sequence[str],
@@ -122,7 +122,7 @@ class Attempts:
                 how = f"the trainer ended {ended.seen.place} with {ended.reason}"
                 raise Preempted(self._stopped(how, custody))
             self._team.check()
-            self._journal.line(ended.message(self._journal.attempt))
+            self._journal.loud(ended.message(self._journal.attempt))
             self._batch.note(ended.seen)
             if ended.out_of_memory:
                 history = History() if progressed else history

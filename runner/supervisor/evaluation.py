@@ -32,9 +32,11 @@ from runner.plan import Plan, geometry
 from runner.settings import Resolved
 from runner.supervisor import attempt, fetch, identity
 from runner.supervisor.attempt import TRAINER
+from runner.supervisor.display import Voice, display
 from runner.supervisor.fetching import fetched
+from runner.supervisor.journal import cleaned
 from runner.supervisor.notices import Notices
-from runner.supervisor.progress import Screen, metric_lines
+from runner.supervisor.progress import metric_lines, near
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
 from runner.supervisor.verdict import final_error
@@ -50,12 +52,18 @@ _TAKEN = {BASE, OWN, WHOLE, "before", "after"}
 
 
 def evaluate(
-    resolved: Resolved, runs_dir: Path, adapter: str | Path | None = None, *, trainer: Sequence[str] = TRAINER
+    resolved: Resolved,
+    runs_dir: Path,
+    adapter: str | Path | None = None,
+    *,
+    voice: Voice = "lines",
+    trainer: Sequence[str] = TRAINER,
 ) -> int:
     """Evaluate, keep every prediction, print the metrics. Returns 0.
 
     Args:
         adapter: a folder, `base`, or None for what the run trained.
+        voice: who listens.
 
     Raises:
         JobError: the job has nothing to evaluate, or the run's adapter is of another model.
@@ -76,15 +84,15 @@ def evaluate(
         folder.locked(),
         Heart(folder.path) as heart,
         Notices(beat=heart.beat) as notices,
-        contextlib.closing(Screen()) as screen,
+        contextlib.closing(display(voice)) as screen,
     ):
         stored = identity.read(folder.identity)
         if stored is not None and path == folder.adapter:
             # Other rows and other limits are welcome here; another base model is not.
             place = identity.Place(run_place(job.checkpoints.uri, job.name, folder.path), folder.path)
             identity.check_job(stored, job, place, sections=("model.*",))
-        base = f"the model in {whole}" if label == WHOLE else "the base model"
-        screen.line(f"evaluating {base if path is None else f'the adapter in {path}'}")
+        base = f"the model in {near(whole)}" if label == WHOLE else "the base model"
+        screen.line(f"evaluating {base if path is None else f'the adapter in {near(path)}'}")
         pins = {} if stored is None else stored.pins
         asked = fetch.Request(job=job, train=False, pins=pins)
         sources = fetched(asked, folder.fetch, notices, screen.show).fetched
@@ -105,8 +113,8 @@ def evaluate(
         )
 
         def show(event: Event) -> None:
-            if event["event"] != "evaluation":  # the end says it
-                screen.show(event)
+            if event["event"] != "evaluation" or voice == "json":  # for people the end says it
+                screen.show(cleaned(event))
 
         def ask_to_stop(reason: str) -> bool:
             request.write(own, request.Request("stop", reason))
@@ -134,8 +142,8 @@ def evaluate(
             raise RunnerError(f"evaluate {job.name}: {ended.message(number)}")
         kept = _keep(own / "evaluation", folder.evaluation, label, path, job)
         for line in metric_lines(kept["metrics"]):
-            screen.line(line)
-        screen.line(f"every prediction: {folder.evaluation / label}.predictions.jsonl")
+            screen.loud(line)
+        screen.line(f"every prediction: {near(folder.evaluation / label)}.predictions.jsonl")
     return 0
 
 

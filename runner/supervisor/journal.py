@@ -19,11 +19,17 @@ from runner import events
 from runner.errors import DataError
 from runner.events import Event, EventLog
 from runner.job.secrets import without_secrets
-from runner.supervisor.progress import Screen
+from runner.supervisor.display import Display
 from runner.supervisor.result import Record
 
 _WORDS = ("reason", "message", "error", "text")
 """Fields of events that somebody wrote for people."""
+
+
+def cleaned(event: Mapping[str, Any]) -> Event:
+    """An event without credentials in its words."""
+    said = {key: event[key] for key in _WORDS if isinstance(event.get(key), str)}
+    return {**event, **{key: without_secrets(text, os.environ) for key, text in said.items()}}
 
 
 class Journal:
@@ -33,7 +39,7 @@ class Journal:
         wake: called when another thread has said something.
     """
 
-    def __init__(self, log: EventLog, screen: Screen, wake: Callable[[], None]) -> None:
+    def __init__(self, log: EventLog, screen: Display, wake: Callable[[], None]) -> None:
         self._log = log
         self._screen = screen
         self._wake = wake
@@ -83,10 +89,8 @@ class Journal:
 
     def say(self, event: Mapping[str, Any]) -> None:
         """Tell what happened."""
-        said = {key: event[key] for key in _WORDS if isinstance(event.get(key), str)}
-        event = {**event, **{key: without_secrets(text, os.environ) for key, text in said.items()}}
         with self._lock:
-            written = self._log.write(event)
+            written = self._log.write(cleaned(event))
             self.record.note(written)
             self.record.size = self._log.size
             self._unseen.append(written)
@@ -104,6 +108,11 @@ class Journal:
         """A line for the person alone; the watching thread's."""
         self.show()
         self._screen.line(without_secrets(text, os.environ))
+
+    def loud(self, text: str) -> None:
+        """`line` of what came of it, or what went wrong: also where it is to be quiet."""
+        self.show()
+        self._screen.loud(without_secrets(text, os.environ))
 
     def snapshot(self) -> dict[str, Any]:
         """The record as `HEAD` keeps it."""

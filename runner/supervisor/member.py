@@ -16,6 +16,7 @@ from runner.health import Heart
 from runner.manifest import Job
 from runner.plan import Plan
 from runner.supervisor import attempt, fetch
+from runner.supervisor.display import Voice, display
 from runner.supervisor.fetch import Answer
 from runner.supervisor.fetching import fetched
 from runner.supervisor.follow import Follower, GroupEnd, Look
@@ -24,7 +25,6 @@ from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
 from runner.supervisor.notices import Notices
 from runner.supervisor.order import Share
-from runner.supervisor.progress import Screen
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.seen import Seen
 from runner.supervisor.uplink import Uplink
@@ -33,7 +33,9 @@ from runner.supervisor.world import Machine, processes
 from runner.topology import Topology
 
 
-def member(job: Job, run: Path, here: Topology, machine: Machine, trainer: Sequence[str]) -> int:
+def member(
+    job: Job, run: Path, here: Topology, machine: Machine, trainer: Sequence[str], voice: Voice
+) -> int:
     """Follow node 0 until it ends. Returns 0: the run is done.
 
     Args:
@@ -56,7 +58,7 @@ def member(job: Job, run: Path, here: Topology, machine: Machine, trainer: Seque
         folder.locked(),
         Heart(folder.path) as heart,
         Notices(beat=heart.beat) as notices,
-        contextlib.closing(Screen()) as screen,
+        contextlib.closing(display(voice)) as screen,
         Uplink(hello, here.address, here.port, notices.wake) as uplink,
         Watch(source, notices, lambda text: uplink.send({"say": "remark", "text": text})),
     ):

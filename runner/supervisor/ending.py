@@ -1,0 +1,42 @@
+"""What a person reads last of a run that is done: the verdict, and what to type next. Pure.
+
+relaxed accuracy  0.00 -> 0.92  (n=320)
+done: 250 steps in 3:10, 2 attempts; runs/demo-sft/adapter
+next: runner report runs/demo-sft
+      runner export runs/demo-sft --to demo-sft-export
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from runner.supervisor.progress import change_lines, duration, near
+from runner.supervisor.result import Result
+
+
+def verdict(ended: Result, trained: Path) -> list[str]:
+    """What came of it.
+
+    Args:
+        trained: where what was trained lies.
+    """
+    attempts = f"{ended.attempts} attempt{'' if ended.attempts == 1 else 's'}"
+    return [
+        *change_lines(ended.metrics["before"], ended.metrics["after"]),
+        f"done: {ended.steps} steps in {duration(ended.seconds)}, {attempts}; {near(trained)}",
+    ]
+
+
+def next_lines(run: Path, program: str) -> list[str]:
+    """What to type next.
+
+    Args:
+        run: `runs/<name>`.
+        program: the command line's own name.
+    """
+    folder = shlex.quote(near(run))
+    return [
+        f"next: {program} report {folder}",
+        f"      {program} export {folder} --to {shlex.quote(f'{run.name}-export')}",
+    ]
