@@ -16,6 +16,7 @@ import contextlib
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -49,6 +50,7 @@ from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.team import Team
+from runner.supervisor.trackers import Trackers, need_packages
 from runner.supervisor.world import Machine, place, processes
 from runner.topology import topology
 
@@ -75,6 +77,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         code = member(job, (runs_dir / job.name).absolute(), here, machine, trainer)
         last_words.write(os.environ, "done", code, "done, as node 0 says")
         return code
+    need_packages(job)
     grace, source = grace_seconds(os.environ), metadata_source(os.environ)
     folder = RunFolder((runs_dir / job.name).absolute())
     with (
@@ -100,8 +103,9 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
             geometry=lambda: attempts.batch_record,
             memory_peak=lambda: attempts.seen.memory_peak,
         )
-        with contextlib.closing(custody), Watch(source, notices, warn):
-            _Run(resolved, folder, notices, screen, journal, attempts, custody, team).train()
+        trackers = Trackers(job, folder, notices, journal.say, until=lambda: attempts.deadline)
+        with contextlib.closing(trackers), contextlib.closing(custody), Watch(source, notices, warn):
+            _Run(resolved, folder, notices, screen, journal, attempts, custody, team, trackers).train()
     return 0
 
 
@@ -118,6 +122,7 @@ class _Run:
         attempts: Attempts,
         custody: Custody,
         team: Team,
+        trackers: Trackers,
     ) -> None:
         self._resolved = resolved
         self._job = resolved.job
@@ -128,6 +133,7 @@ class _Run:
         self._attempts = attempts
         self._custody = custody
         self._team = team
+        self._trackers = trackers
 
     def train(self) -> None:
         try:
@@ -145,6 +151,7 @@ class _Run:
             stored, sources = self._sources(stored or self._same_job(), answer)
             self._custody.restore()
             self._custody.leftovers()
+            self._trackers.start(stored, self._journal.record)
             self._attempts.run(sources, stored, self._custody)
             self._screen.close()
             self._finish()
@@ -194,6 +201,7 @@ class _Run:
                 pins=answer.pins,
                 fingerprints=answer.fingerprints,
                 versions=now,
+                id=uuid.uuid4().hex,
             )
             stored = self._custody.begin(new)
         identity.check_sources(stored, answer.fingerprints, self._job, self._custody.place)
