@@ -46,6 +46,7 @@ from runner.supervisor.journal import Journal
 from runner.supervisor.member import member
 from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
+from runner.supervisor.metrics_file import MetricsFile
 from runner.supervisor.notices import Notices
 from runner.supervisor.progress import Screen, change_lines, duration
 from runner.supervisor.run_folder import RunFolder
@@ -88,7 +89,7 @@ def train(resolved: Resolved, runs_dir: Path, *, trainer: Sequence[str] = TRAINE
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
-        journal = Journal(log, screen, notices.wake)
+        journal = Journal(log, screen, notices.wake, MetricsFile(folder.metrics, job))
 
         def warn(text: str) -> None:
             journal.say({"event": "warning", "message": text})

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -121,10 +122,10 @@ class Trackers:
             except RunnerError as error:
                 self._warn(name, str(error))
                 continue
-            environ = environ_of(name, os.environ, folder)
-            log = folder.with_suffix(".log")
-            keeper = _Keeper([*COMMAND, str(file)], environ, log, lambda why, name=name: self._warn(name, why))
-            self._keepers.append(keeper)
+            command, environ = [*COMMAND, str(file)], environ_of(name, os.environ, folder)
+            self._keepers.append(
+                _Keeper(command, environ, folder.with_suffix(".log"), partial(self._warn, name))
+            )
 
     def close(self) -> None:
         """Let them log the rest, for a moment."""
@@ -155,7 +156,7 @@ class Trackers:
 
 
 class _Keeper:
-    """A thread that runs one tracker's process, and again. PDEATHSIG follows this thread, which outlives it."""
+    """Runs one tracker's process in a thread, and again; PDEATHSIG follows this thread, which outlives it."""
 
     def __init__(
         self, command: list[str], environ: dict[str, str], log: Path, warn: Callable[[str], None]
@@ -251,7 +252,8 @@ class _Keeper:
 
 def _config(job: Job) -> dict[str, object]:
     """The resolved job by dotted key, as the command line takes them."""
-    return {re.sub(r"\[(\d+)\]", r".\1", key): value for key, value in flat(job.model_dump(mode="json")).items()}
+    keys = flat(job.model_dump(mode="json"))
+    return {re.sub(r"\[(\d+)\]", r".\1", key): value for key, value in keys.items()}
 
 
 def _end_input(child: subprocess.Popen[bytes] | None) -> None:

@@ -1,4 +1,4 @@
-"""`python -m runner.tracking REQUEST`: one tracker follows one run until its stdin ends, then ends its own run.
+"""`python -m runner.tracking REQUEST`: a tracker follows a run until its stdin ends, then ends its own run.
 
 What goes wrong ends this process with a traceback on stderr; the supervisor says so, and starts it again. The
 end of stdin is the end of the command that started it, however that ended.

@@ -19,7 +19,17 @@ OWN: dict[str, tuple[str, ...]] = {
 }
 """Beginnings of variables that may hold credentials of a tracker."""
 
-STORES = ("AWS_", "GOOGLE_", "AZURE_", "HF_TOKEN", "HUGGING_FACE_", "WANDB_", "MLFLOW_", "DATABRICKS_", "TRACKIO_")
+STORES = (
+    "AWS_",
+    "GOOGLE_",
+    "AZURE_",
+    "HF_TOKEN",
+    "HUGGING_FACE_",
+    "WANDB_",
+    "MLFLOW_",
+    "DATABRICKS_",
+    "TRACKIO_",
+)
 """Beginnings of variables that no other tracker gets."""
 
 QUIET = {
@@ -82,10 +92,12 @@ def environ_of(tracker: str, environ: Mapping[str, str], folder: Path) -> dict[s
 
 def _places(tracker: str, folder: Path) -> dict[str, str]:
     """Where libraries keep what they cannot be told otherwise."""
-    if tracker == "trackio":
-        return {"TRACKIO_DIR": str(folder)}
-    if tracker == "mlflow":
-        return {"MLFLOW_ALLOW_FILE_STORE": "true"}  # what `mlflow` calls maintenance mode, and its reader reads
-    if tracker == "wandb":
-        return {"WANDB_DIR": str(folder), "WANDB_CACHE_DIR": str(folder / ".cache"), "WANDB_DATA_DIR": str(folder)}
+    match tracker:
+        case "trackio":
+            return {"TRACKIO_DIR": str(folder)}
+        case "mlflow":
+            return {"MLFLOW_ALLOW_FILE_STORE": "true"}  # it calls that maintenance mode, and reads it
+        case "wandb":
+            cache, data = str(folder / ".cache"), str(folder / ".data")
+            return {"WANDB_DIR": str(folder), "WANDB_CACHE_DIR": cache, "WANDB_DATA_DIR": data}
     return {}

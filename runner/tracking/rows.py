@@ -35,7 +35,9 @@ class Ending:
     """The metrics before and after training, by name."""
 
 
-def of_step(line: Mapping[str, Any], *, seconds: float | None, time: float | None, epoch: float | None) -> Row:
+def of_step(
+    line: Mapping[str, Any], *, seconds: float | None, time: float | None, epoch: float | None
+) -> Row:
     """A line of steps.jsonl, with what only this machine knows about it."""
     values = {f"train/{name}": line.get(name) for name in _STEP}
     values |= {"train/epoch": epoch, "train/seconds": seconds}
@@ -50,8 +52,8 @@ def of_evaluation(step: int, metrics: Mapping[str, Any], time: float | None = No
 def flat(metrics: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """Metrics by one name each, without how many rows they are of.
 
-    {"eval_loss": 0.4}                                           eval/loss
-    {"relaxed_accuracy": {"overall": 0.9, "n": 4, "human": 1}}   eval/relaxed_accuracy, eval/relaxed_accuracy_human
+    {"eval_loss": 0.4}                               eval/loss
+    {"accuracy": {"overall": 0.9, "n": 4, "x": 1}}   eval/accuracy, eval/accuracy_x
     """
     found: dict[str, Any] = {}
     for name, value in metrics.items():

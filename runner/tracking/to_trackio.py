@@ -1,8 +1,7 @@
-"""trackio: a database beside the run, in the folder that TRACKIO_DIR names; `trackio sync` sends it to a Space."""
+"""trackio: a database beside the run, where TRACKIO_DIR says; `trackio sync` sends it to a Space."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import trackio

@@ -1,4 +1,4 @@
-"""Weights & Biases: one run by its id; online with a key in the environment, else in folders for `wandb sync`.
+"""Weights & Biases: one run by its id; online with a key in the environment, else folders for `wandb sync`.
 
 Each process writes a folder of its own, of the same run; `wandb sync` sends them in the order of their time.
 wandb counts rows by itself and refuses an old number, so the step is a value of each row, as in transformers'
@@ -24,7 +24,7 @@ STEP = "train/global_step"
 """The metric that the others are drawn over."""
 
 
-def mode(environ: Mapping[str, str]) -> str:
+def mode(environ: Mapping[str, str]) -> Any:
     """Where the run goes.
 
     WANDB_MODE    WANDB_API_KEY, or WANDB_IDENTITY_TOKEN_FILE    mode

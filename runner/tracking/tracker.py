@@ -10,7 +10,7 @@ from runner.tracking.rows import Ending, Known, Row
 
 
 class Tracker(Protocol):
-    """One run in one tracker, open. Libraries raise what they like: it ends this process, which is no harm."""
+    """One run in one tracker, open. Libraries raise what they like: it ends this process and does no harm."""
 
     def known(self) -> Known:
         """What is there already, by the tracker's own reader."""
