@@ -261,6 +261,8 @@ class _Run:
             restarts=record.restarts,
             error=None if error is None else without_secrets(error, os.environ),
             fidelity=record.fidelity,
+            best=None if last is None else last.best,
+            stopped_early=last is not None and last.stopped_early,
             adapter=None if last is None else last.adapter,
             checkpoint=None if newest is None else newest.id,
             versions=identity.versions(),

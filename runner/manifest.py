@@ -209,7 +209,8 @@ class Speed(Section):
 
 
 class Evaluation(Section):
-    """Evaluation by generation and, of pairs, by log-probability, before and after training."""
+    """Evaluation by generation and, of pairs, by log-probability: before and after training and, if asked,
+    during it. None of it disturbs training."""
 
     metric: Literal["relaxed_accuracy", "exact_match", "preference_accuracy"] | None = Field(
         default=None,
@@ -230,8 +231,43 @@ class Evaluation(Section):
     )
     steps: Count | None = Field(
         default=None,
-        description="Also evaluate every this many optimizer steps. Null: only before and after.",
+        description="Also evaluate every this many optimizer steps, each after a save. Null: only before and "
+        "after.",
     )
+    minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="Also evaluate whenever this many minutes of training have passed, instead of `steps`. "
+        "Which steps that are depends on the machine, and with it which checkpoint is the best.",
+    )
+    loss: bool = Field(
+        default=True,
+        description="An evaluation during training takes the loss of its rows, too: it turns before answers "
+        "do.",
+    )
+    metric_for_best_model: (
+        Literal["relaxed_accuracy", "exact_match", "preference_accuracy", "reward_accuracy", "loss"] | None
+    ) = Field(
+        default=None,
+        description="Export what was best by this metric of the evaluations during training, the last step's "
+        "among them; of equals the first. Null: the last step is exported.",
+    )
+    early_stopping_patience: Count | None = Field(
+        default=None,
+        description="Stop after this many evaluations in a row that do not improve metric_for_best_model. "
+        "Null: train to the last step.",
+    )
+    early_stopping_threshold: float = Field(
+        default=0.0,
+        ge=0,
+        description="An improvement that is not larger than this does not count for "
+        "early_stopping_patience, in units of the metric.",
+    )
+
+    @property
+    def during(self) -> bool:
+        """Whether there are evaluations during training."""
+        return self.steps is not None or self.minutes is not None
 
 
 class Launch(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
@@ -506,6 +507,38 @@ def test_counted_tokens_are_the_collated_length(
     assert made.max_tokens == max(lengths)
     row = made.dataset[0]
     assert TokenCounter(collator, [Counted(row, [(32, 48)])]).way == way
+
+
+def test_texts_are_counted_once_for_one_tokenizer_and_template(
+    tmp_path: Path, processor: ProcessorMixin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = chartqa(
+        tmp_path / "charts", [png()] * 20, query=[f"{'word ' * number}?" for number in range(20)]
+    )
+    counted: list[int] = []
+    count = TokenCounter.text_tokens
+
+    def noted(self: TokenCounter, texts: Any) -> Any:
+        counted.append(len(texts))
+        return count(self, texts)
+
+    monkeypatch.setattr(TokenCounter, "text_tokens", noted)
+
+    def tokens(made_by: ProcessorMixin) -> list[int]:
+        counted.clear()
+        made = rows(made_by, (source(), folder))
+        collator = Collator(made_by, made.form, torch.float32)
+        found: list[int] = made.dataset["tokens"][:]
+        assert found == [int(collator([row])["input_ids"].shape[1]) for row in made.dataset]
+        return found
+
+    first = tokens(processor)
+    assert sum(counted) >= 20
+    assert tokens(processor) == first
+    assert 0 < sum(counted) < 20  # the probes alone
+    other = copy.deepcopy(processor)
+    other.chat_template = f"{other.chat_template}, by the way"
+    assert all(more > fewer for more, fewer in zip(tokens(other), first, strict=True))
 
 
 def test_tokens_when_tiles_are_split(tmp_path: Path) -> None:

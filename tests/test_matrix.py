@@ -15,6 +15,7 @@ EVAL = {"datasets": {**SMALL["datasets"], "eval": [{"path": "demo:charts", "form
 
 PAIRS = [{"path": "demo:preferences", "format": "preference"}]
 DPO = {"method": "dpo", "datasets": {"train": PAIRS, "eval": PAIRS}}
+BEST = ("evaluation", "metric_for_best_model")
 
 ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"method": "dpo"}, ("datasets", "train", 0, "format")),
@@ -82,6 +83,20 @@ ROWS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"training": {"eval_strategy": "steps"}}, ("training", "eval_strategy")),
     ({"training": {"eval_on_start": True}}, ("training", "eval_on_start")),
     ({"evaluation": {}}, ("evaluation",)),
+    *(
+        ({**EVAL, "evaluation": evaluation}, ("evaluation", key))
+        for evaluation, key in (
+            ({"steps": 5, "minutes": 1.0}, "minutes"),
+            ({"metric_for_best_model": "loss"}, "metric_for_best_model"),
+            ({"steps": 5, "loss": False, "metric_for_best_model": "loss"}, "metric_for_best_model"),
+            ({"steps": 5, "metric_for_best_model": "reward_accuracy"}, "metric_for_best_model"),
+            ({"steps": 5, "early_stopping_patience": 2}, "early_stopping_patience"),
+        )
+    ),
+    *(
+        ({**DPO, "evaluation": {"steps": 5, "metric_for_best_model": metric, **more}}, BEST)
+        for metric, more in (("relaxed_accuracy", {}), ("reward_accuracy", {"baseline": False}))
+    ),
     ({"training": {"lr_scheduler_type": "reduce_lr_on_plateau"}}, ("training", "lr_scheduler_type")),
     ({"training": {"lr_scheduler_type": "cosine_with_min_lr"}}, ("training", "lr_scheduler_type")),
     ({"training": {"dataloader_prefetch_factor": 2}}, ("training", "dataloader_prefetch_factor")),
@@ -154,6 +169,9 @@ NEIGHBOURS: list[dict[str, Any]] = [
     {"lora": {"target_modules": ["q_proj"], "layers_pattern": "layers", "layers_to_transform": [1]}},
     {**EVAL, "evaluation": {}, "training": {"eval_strategy": "steps", "eval_on_start": True}},
     {**EVAL, "evaluation": {"metric": "exact_match"}},
+    {**EVAL, "evaluation": {"steps": 5, "metric_for_best_model": "loss", "early_stopping_patience": 1}},
+    {**EVAL, "evaluation": {"minutes": 0.5, "loss": False, "metric_for_best_model": "exact_match"}},
+    {**DPO, "evaluation": {"steps": 5, "metric_for_best_model": "reward_accuracy"}},
     {**DPO, "evaluation": {"metric": "preference_accuracy"}},
     {**DPO, "evaluation": {}},
     {**EVAL, "training": {"eval_strategy": "epoch", "lr_scheduler_type": "reduce_lr_on_plateau"}},

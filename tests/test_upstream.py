@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import subprocess
+import sys
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from transformers.integrations.deepspeed import (
 )
 from trl import DPOTrainer, SFTTrainer
 
+from runner.train.deferred import _when_called
 from runner.train.trainer import RunTrainer
 
 SIGNATURES = {
@@ -156,3 +160,41 @@ def test_deepspeed_loads_its_own_checkpoint_in_the_method_that_is_overridden() -
     assert source.index("accelerator.prepare(") < source.index("if resume_from_checkpoint is not None:")
     assert source.index("if resume_from_checkpoint is not None:") < source.index("deepspeed_load_checkpoint(")
     assert "self.model_wrapped = model" in source
+
+
+DEFERS = """
+import sys
+from runner.train.deferred import load_bitsandbytes
+load_bitsandbytes()
+import runner.train.run, torch
+from bitsandbytes.backends.default import ops
+print("torch._inductor.compile_fx" in sys.modules, torch.compile.__name__)
+update = ops._optimizer_update_32bit
+print(hasattr(update, "__wrapped__"))
+"""
+
+
+def test_bitsandbytes_still_compiles_as_it_is_imported_and_waits_here() -> None:
+    from bitsandbytes.backends.default import ops
+
+    assert "compiled_fn = torch.compile(fn, **compile_kwargs)" in inspect.getsource(ops)
+    printed = subprocess.run(
+        [sys.executable, "-c", DEFERS], capture_output=True, text=True, check=True
+    ).stdout
+    assert printed.split() == ["False", "compile", "True"]
+
+
+def test_what_waits_to_be_compiled_is_compiled_once_and_called() -> None:
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def compile_now(function: Callable[[int], int], **options: object) -> Callable[[int], int]:
+        asked.append((function.__name__, options))
+        return lambda value: function(value) + 100
+
+    def double(value: int) -> int:
+        return 2 * value
+
+    plain, optioned = _when_called(compile_now, double), _when_called(compile_now, dynamic=False)(double)
+    assert asked == []
+    assert [plain(1), plain(2), optioned(3)] == [102, 104, 106]
+    assert asked == [("double", {}), ("double", {"dynamic": False})]

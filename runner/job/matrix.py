@@ -13,6 +13,7 @@ from typing import Any
 
 from runner.job.cells import Section, is_count, is_number, texts
 from runner.job.matrix_adapters import adapted, quantized
+from runner.job.matrix_evaluation import evaluated
 from runner.job.matrix_strategies import split
 from runner.job.shape import Finding
 from runner.manifest import FORMATS, PAIRS, SORTING
@@ -59,12 +60,19 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         loss_type: exo_pair                            x label_smoothing: 0   DPOTrainer raises
         f_divergence_type but reverse_kl               x loss_type without one   DPOTrainer raises
         use_weighting                                  x loss_type: aot, aot_unpaired, sft   DPOTrainer raises
-        eval_strategy, eval_on_start, evaluation       x no datasets.eval
         lr_scheduler_type: reduce_lr_on_plateau, greedy   x eval_strategy: no   TrainingArguments raises
         lr_scheduler_type: cosine_*with_min_lr         x no min_lr   raises when the schedule is made
         dataloader_prefetch_factor, _persistent_workers   x no workers   raises
         logging_steps, eval_steps above 1              x a fraction  TrainingArguments raises
         liger_kernel_config.fused_linear_cross_entropy x fused head  SFTTrainer raises
+    evaluation
+        evaluation, training.eval_strategy, eval_on_start   x no datasets.eval
+        metric, metric_for_best_model of one answer    x method dpo; of two answers x method sft
+        metric_for_best_model: reward_accuracy         x baseline: false        has nothing to reward against
+        metric_for_best_model: loss                    x loss: false
+        metric_for_best_model                          x no steps, no minutes   nothing to choose from
+        early_stopping_patience                        x no metric_for_best_model
+        steps                                          x minutes
     launch.strategy (auto is never refused: it takes ddp)
         zero1, zero2, zero3, fsdp2   x optim with a state of another shape   cannot be saved, or not resumed
         fsdp2                        x optim of bitsandbytes                 PyTorch raises
@@ -80,7 +88,6 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         _section(job, "quantization"),
     )
     yield from _formats(job)
-    yield from _metric(job)
     yield from _vision(training)
     if isinstance(job.get("quantization"), dict):
         yield from quantized(quantization, has_lora=job.get("lora") is not None)
@@ -94,7 +101,7 @@ def refusals(job: dict[str, Any]) -> Iterator[Finding]:
         if lora.get("bias") in ("all", "lora_only"):
             reason = "biases have no copy for a reference: method dpo would prefer against what it trains"
             yield Finding(("lora", "bias"), reason, "remove it")
-    yield from _evaluation(job, training)
+    yield from evaluated(job, training)
     yield from split(
         _section(job, "launch").get("strategy"),
         model=_section(job, "model"),
@@ -118,17 +125,6 @@ def _formats(job: dict[str, Any]) -> Iterator[Finding]:
             elif method == "sft" and format in PAIRS:
                 reason = f"method sft learns from one answer a row, and {format} has two"
                 yield Finding(path, reason, "use method: dpo, or a format with one answer")
-
-
-def _metric(job: dict[str, Any]) -> Iterator[Finding]:
-    method, metric = job.get("method", "sft"), _section(job, "evaluation").get("metric")
-    path = ("evaluation", "metric")
-    if method == "dpo" and metric in ("relaxed_accuracy", "exact_match"):
-        reason = f"{metric} compares with the one right answer, and pairs of method dpo have none"
-        yield Finding(path, reason, "remove it, or use preference_accuracy")
-    elif method == "sft" and metric == "preference_accuracy":
-        reason = "preference_accuracy compares two answers, and rows of method sft have one"
-        yield Finding(path, reason, "remove it, or use relaxed_accuracy or exact_match")
 
 
 def _vision(training: Section) -> Iterator[Finding]:
@@ -174,19 +170,6 @@ def _preference(training: Section) -> Iterator[Finding]:
     if training.get("use_weighting") is True and unweighted:
         reason = f"{', '.join(unweighted)} has no loss of a single pair that could be weighted"
         yield Finding(("training", "use_weighting"), reason, "remove it, or use other losses")
-
-
-def _evaluation(job: Section, training: Section) -> Iterator[Finding]:
-    datasets = job.get("datasets")
-    if not isinstance(datasets, dict) or datasets.get("eval"):
-        return
-    remedy = "add datasets.eval, or remove it"
-    if isinstance(job.get("evaluation"), dict):
-        yield Finding(("evaluation",), "there is no datasets.eval to evaluate on", remedy)
-    if training.get("eval_strategy") in ("steps", "epoch"):
-        yield Finding(("training", "eval_strategy"), "there is no datasets.eval to evaluate on", remedy)
-    elif training.get("eval_on_start") is True:
-        yield Finding(("training", "eval_on_start"), "there is no datasets.eval to evaluate on", remedy)
 
 
 def _schedule(training: Section) -> Iterator[Finding]:

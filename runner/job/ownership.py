@@ -24,7 +24,7 @@ class Owned:
 _CHECKPOINTS = "the runner writes, verifies and prunes checkpoints itself"
 _RESUME = "the same command resumes by itself, at the right sample, from the newest checkpoint that verifies"
 _HUB = "a run uploads nothing; the adapter is in runs/<name>/adapter, ready for `hf upload`"
-_BEST = "choosing a checkpoint by a metric belongs to a later version; the last step is exported"
+_BEST = "the best evaluation during training is chosen by generation or by loss, and kept across machines"
 _LAUNCH = "the runner starts the processes and configures the engine"
 _ORDER = "the order of samples is the runner's: by rows, seed and epoch alone, the same on any machine"
 _LABELS = "the loss is on the answers, always; the label audit shows it before step 1"
@@ -57,9 +57,9 @@ TRAINING: dict[str, Owned] = {
     "save_only_model": Owned(f"{_CHECKPOINTS}; without the optimizer a resumed run would be another run"),
     "save_on_each_node": Owned(_CHECKPOINTS),
     "enable_jit_checkpoint": Owned("the runner saves on a notice, on all processes at the same step"),
-    "load_best_model_at_end": Owned(_BEST),
-    "metric_for_best_model": Owned(_BEST),
-    "greater_is_better": Owned(_BEST),
+    "load_best_model_at_end": Owned(_BEST, "evaluation.metric_for_best_model"),
+    "metric_for_best_model": Owned(_BEST, "evaluation.metric_for_best_model"),
+    "greater_is_better": Owned("it follows from the metric: a loss is better smaller, all others larger"),
     "resume_from_checkpoint": Owned(_RESUME),
     "ignore_data_skip": Owned(_RESUME),
     "restore_callback_states_from_checkpoint": Owned(_RESUME),

@@ -65,17 +65,38 @@ def training_section(job: Job, data: DataFacts, cut: Geometry, strategy: Strateg
         "epochs": round(steps / an_epoch, 4),
         "warmup_steps": warmup_steps(options.get("warmup_steps") or 0, steps),
         "exact": data.looked_at >= data.rows + data.skipped or not leaves_out,
+        "evaluations": evaluations(job, steps),
+        "exports": None if job.evaluation is None else job.evaluation.metric_for_best_model,
     }
+
+
+def evaluations(job: Job, steps: int) -> int | None:
+    """How often a run is evaluated during training; None where the clock decides.
+
+    evaluation          steps    answer
+    none, or neither    100      0
+    steps 30            100      3
+    steps 30, best      100      4, the last step among them
+    minutes             100      -
+    """
+    spec = job.evaluation
+    if spec is None or not spec.during:
+        return 0
+    if spec.steps is None:
+        return None
+    between = (steps - 1) // spec.steps
+    return between + (spec.metric_for_best_model is not None)
 
 
 def checkpoint_bytes(job: Job, model: ModelFacts, data: DataFacts, steps: int) -> int:
     """About the size of the last, largest checkpoint: trained parameters in float32, the optimizer's moments,
-    the record of all steps, and what dpo's reference thinks of every pair."""
+    the record of all steps, what dpo's reference thinks of every pair, and the best parameters so far."""
     optimizer = job.training.options.get("optim", DEFAULTS["optim"])
     state = OPTIMIZERS[optimizer][0] if optimizer in OPTIMIZERS else _LARGEST_STATE
     record = steps * (_STEP_BYTES + _ROW_BYTES * job.training.global_batch_size)
     kept = data.rows * _REFERENCE_BYTES if data.saves("cache_reference") else 0
-    return int(trainable(model) * (4 + state)) + record + kept + _OTHER_BYTES
+    best = 4 if job.evaluation is not None and job.evaluation.metric_for_best_model is not None else 0
+    return int(trainable(model) * (4 + state + best)) + record + kept + _OTHER_BYTES
 
 
 def checkpoints_section(job: Job, place: str, size: int | None) -> dict[str, Any]:

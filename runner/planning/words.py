@@ -117,6 +117,11 @@ def _training(training: Mapping[str, Any] | None) -> Iterator[str]:
         f"{training['accumulation']} x {training['world']} process{'' if training['world'] == 1 else 'es'}, "
         f"{training['strategy'] or 'strategy unknown'}"
     )
+    if (count := training["evaluations"]) != 0:
+        often = "by the clock" if count is None else f"{count:,} time{'' if count == 1 else 's'}"
+        best = training["exports"]
+        chosen = "the last step" if best is None else f"the best by {best.replace('_', ' ')}"
+        yield f"evaluated during training {often}; {chosen} is exported"
 
 
 def _memory(section: Mapping[str, Any] | None) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 adapter/ or model/    what was trained
 evaluation/           metrics and predictions
-steps.jsonl, result.json, job.yaml
+steps.jsonl, evaluations.jsonl, result.json, job.yaml
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from runner.supervisor.run_folder import RunFolder
 
 TRAINED = ("adapter", "model")
 EVALUATION = "evaluation"
-FILES = ("steps.jsonl", "job.yaml")
+FILES = ("steps.jsonl", "evaluations.jsonl", "job.yaml")
 RESULT = "result.json"
 
 

@@ -4,9 +4,10 @@ A copy lies in `runs/<name>/`: for `runner evaluate`, and to tell a run whose st
 
 Everything in a job defines the run, but for two groups of keys:
 
-    may change, nothing follows         checkpoints, datasets.num_proc, evaluation.steps,
-                                        training.logging_* and the like; resources, kubernetes, aws_batch,
-                                        gcp_batch (`FREE`)
+    may change, nothing follows         checkpoints, datasets.num_proc, training.logging_* and the like;
+                                        resources, kubernetes, aws_batch, gcp_batch (`FREE`);
+                                        evaluation.steps, minutes, loss (`DURING`), which are announced where
+                                        the best of them is exported
     may change, bits may differ         launch, speed, training.per_device_train_batch_size,
     (samples and global batch do not)   evaluation.batch_size, training.dataloader_* (`SAID`): announced
 
@@ -38,7 +39,6 @@ from runner.manifest import Job
 FREE = (
     "checkpoints.*",
     "datasets.num_proc",
-    "evaluation.steps",
     "training.logging_*",
     "training.log_*",
     "training.report_to*",
@@ -50,6 +50,8 @@ FREE = (
     "aws_batch*",
     "gcp_batch*",
 )
+DURING = ("evaluation.steps", "evaluation.minutes", "evaluation.loss")
+"""Evaluations during training: `FREE`, but `SAID` where the best of them is exported."""
 PER_DEVICE = "training.per_device_train_batch_size"
 SAID = (
     "launch.*",
@@ -165,15 +167,17 @@ def check_job(stored: Identity, job: Job, place: Place, sections: Iterable[str] 
         reason = f"{place.store} belongs to a job that this version of the runner does not accept any more"
         raise JobError([Problem("name", reason, _remedy(job, place))]) from error
     new = flat(job.model_dump(mode="json"))
+    chosen = job.evaluation is not None and job.evaluation.metric_for_best_model is not None
+    free = FREE if chosen else (*FREE, *DURING)
     changed = [
         name
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, ABSENT) != new.get(name, ABSENT) and not _matches(name, FREE)
+        if old.get(name, ABSENT) != new.get(name, ABSENT) and not _matches(name, free)
     ]
     shown = {
         name: f"{name}: {_say(old.get(name, ABSENT))} -> {_say(new.get(name, ABSENT))}" for name in changed
     }
-    said = [name for name in SAID if not (name == PER_DEVICE and job.training.sorts)]
+    said = [name for name in (*SAID, *DURING) if not (name == PER_DEVICE and job.training.sorts)]
     defining = [name for name in changed if not _matches(name, said) and _matches(name, sections)]
     if defining:
         lines = [shown[name] for name in defining[:_SHOWN]]

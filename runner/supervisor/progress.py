@@ -29,6 +29,7 @@ PHASES = {
     "wait": "waiting for the store",
     "save": "saving",
     "evaluate": "evaluating",
+    "evaluate_loss": "evaluating the loss",
     "evaluate_after": "evaluating after training",
     "export": "exporting",
 }

@@ -10,6 +10,9 @@
     error         the message, null when done
     fidelity      "exact": no resume changed how the batch is cut; "close": one did, and sums were rounded
                   differently from there on (the events say what it was); null: never resumed
+    best          {"step", "metric", "value"} of the evaluation during training that was chosen and exported
+                  (`evaluation.metric_for_best_model`), else null
+    stopped_early whether `evaluation.early_stopping_patience` ended training before its last step
     adapter       folder of what was trained, null before it is there
     checkpoint    id of the newest committed checkpoint
     versions      of the packages of the last attempt
@@ -50,6 +53,8 @@ class Result(BaseModel):
     restarts: list[dict[str, Any]]
     error: str | None
     fidelity: str | None = None
+    best: dict[str, Any] | None = None
+    stopped_early: bool = False
     adapter: str | None
     checkpoint: str | None
     versions: dict[str, str]

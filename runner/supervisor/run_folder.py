@@ -16,6 +16,7 @@ evaluation/     metrics, and every prediction
 tracking/       what trackers have of the run, and their logs (`runner.tracking`)
 metrics.prom    where it stands, for Prometheus (`runner.tracking.prometheus`)
 steps.jsonl     every optimizer step, when training is done
+evaluations.jsonl   every evaluation during training (`runner.train.watch`)
 adapter/        what was trained
 result.json     how it ended (`runner.supervisor.result`)
 """
@@ -140,6 +141,9 @@ class RunFolder:
             for pattern in ("*/saving-*", "*/export", "*/restored"):
                 for folder in self.attempts.glob(pattern):
                     shutil.rmtree(folder)
+            for pattern in ("*/best.safetensors", "*/candidate.safetensors"):
+                for file in self.attempts.glob(pattern):
+                    file.unlink()
 
 
 def _locked(file: int) -> bool:

@@ -42,6 +42,8 @@ class Outcome(BaseModel):
     step: int | None = None
     metrics: dict[str, Any] = {}
     adapter: str | None = None
+    best: dict[str, Any] | None = None
+    stopped_early: bool = False
     facts: dict[str, Any] = {}
 
 

@@ -33,10 +33,11 @@ def main(plan_file: Path) -> int:
     rank = int(os.environ.get("RANK", "0"))
     file = plan.attempt_dir / ("outcome.json" if rank == 0 else f"outcome-{rank}.json")
     try:
-        from runner.train.run import (
-            evaluate_only,
-            train,
-        )  # torch and transformers load here, inside the guard
+        # torch and transformers load here, inside the guard
+        from runner.train.deferred import load_bitsandbytes
+
+        load_bitsandbytes()
+        from runner.train.run import evaluate_only, train
         from runner.train.world import joined
 
         with joined():

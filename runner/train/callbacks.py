@@ -1,17 +1,19 @@
 """When a run saves, waits and stops: at optimizer-step boundaries, by one rule.
 
-save   at `save_steps`, when `save_seconds` have passed since the last save, at the last step, on each
-       request
-wait   on request, once everything that was done is saved; not after the last step
-stop   on request, after that save
+save       at `save_steps`, when `save_seconds` have passed since the last save, at the last step, before an
+           evaluation, on each request
+wait       on request, once everything that was done is saved; not after the last step
+evaluate   when it is due (`runner.train.watch`), after that save; not when stopped
+stop       on request, after that save
 
 With `eval_strategy: epoch` the loss is evaluated at the epoch's last step, before that step's save.
 
 Trainer loop, per optimizer step:
     forward and backward of every micro-batch, optimizer.step()
-    on_step_end            <- here: decide save and stop
-    record the step, log, evaluate, save
+    on_step_end            <- here: decide save, evaluation and stop
+    record the step, log, evaluate upstream's loss, save
     on_save                <- here: wait
+    evaluate
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ class SaveAndStop(TrainerCallback):
         save_seconds: of training between two saves, until a request says another; waiting is no training.
         request: what the supervisor asks for now.
         tell_phase: takes "wait", and "train" when training goes on.
+        evaluation_due: whether the step that was done, of so many, is to be evaluated; the same on all ranks.
         agree: the same answer on every rank, whatever this one has read or measured (`world.from_first`).
     """
 
@@ -48,6 +51,7 @@ class SaveAndStop(TrainerCallback):
         save_seconds: float,
         request: Callable[[], Request],
         tell_phase: Callable[[str], None],
+        evaluation_due: Callable[[int, int], bool] = lambda step, last: False,
         agree: Callable[[T], T] = lambda value: value,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -56,6 +60,7 @@ class SaveAndStop(TrainerCallback):
         self._save_seconds = save_seconds
         self._request = request
         self._tell_phase = tell_phase
+        self._evaluation_due = evaluation_due
         self._agree: Callable[[Any], Any] = agree
         self._clock = clock
         self._sleep = sleep
@@ -63,6 +68,8 @@ class SaveAndStop(TrainerCallback):
         self._saves = 0
         """As many as were asked for and came."""
         self.stopped = False
+        self.evaluate = False
+        """Whether the step at work is to be evaluated."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -87,7 +94,8 @@ class SaveAndStop(TrainerCallback):
         overdue = self._agree(self._clock() - self._saved_at >= self._save_seconds)
         wanted = asked.action != "go" or asked.saves != self._saves
         self._saves = asked.saves
-        if wanted or on_grid or overdue or state.global_step >= state.max_steps:
+        self.evaluate = self._evaluation_due(state.global_step, state.max_steps)
+        if wanted or on_grid or overdue or self.evaluate or state.global_step >= state.max_steps:
             control.should_save = True
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch == int(state.epoch or 0):
             # Now, and not after the save: a resume from that checkpoint would skip it.

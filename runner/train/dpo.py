@@ -29,6 +29,7 @@ from runner.train.models.shared import SharedImages
 from runner.train.references import References
 from runner.train.savings import Savings
 from runner.train.trainer import RunTrainer
+from runner.train.watch import Watch
 from runner.train.world import from_all, from_first, world
 
 
@@ -58,11 +59,12 @@ class DpoRun(RunTrainer, DPOTrainer):
         plan: Plan,
         rows: Rows,
         channel: Channel,
-        evaluate_now: Callable[[int], None],
+        evaluate_now: Callable[[int], dict[str, Any] | None],
         control_callback: SaveAndStop,
+        watch: Watch,
         applied: Savings,
     ) -> None:
-        super().attach(plan, rows, channel, evaluate_now, control_callback, applied)
+        super().attach(plan, rows, channel, evaluate_now, control_callback, watch, applied)
         if self.ref_model is not None:
             SharedImages(self.accelerator.unwrap_model(self.ref_model), frozen=False)
         if applied.cache_reference is None:

@@ -10,13 +10,15 @@ every rank has the values and takes its part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from runner.train.world import world
+from runner.train.world import from_first, world
 
 Named = dict[str, torch.nn.Parameter]
 States = dict[str, dict[str, Any]]
@@ -43,6 +45,29 @@ def everything(model: torch.nn.Module, trainable_only: bool) -> dict[str, torch.
         if world().first:
             found[name] = tied.setdefault(id(value), whole.cpu())
     return found
+
+
+def put(values: Mapping[str, torch.Tensor], model: torch.nn.Module) -> None:
+    """Give trainable parameters other values; the optimizer's own copies stay, so training ends here.
+    Collective.
+
+    Args:
+        values: of every trainable parameter by name, on rank 0; nothing on the others.
+    """
+    for name, parameter in trainable(model).items():
+        value = from_first(values.get(name))  # one at a time: all may be more than a machine has
+        assert value is not None
+        whole = hasattr(parameter, "ds_id")
+        with torch.no_grad(), _modified(parameter) if whole else contextlib.nullcontext():
+            parameter.copy_(laid_out(value, parameter))
+
+
+def _modified(parameter: torch.Tensor) -> AbstractContextManager[Any]:
+    """Inside, a parameter that ZeRO-3 has partitioned is whole; afterwards it has rank 0's values."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+    modified: AbstractContextManager[Any] = GatheredParameters([parameter], modifier_rank=0)
+    return modified
 
 
 def _gathered(parameter: torch.Tensor) -> torch.Tensor:

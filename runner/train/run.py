@@ -34,6 +34,7 @@ from runner.train.models import adapter
 from runner.train.models import model as models
 from runner.train.savings import Savings, savings
 from runner.train.trainer import RunTrainer
+from runner.train.watch import RECORD, Watch
 from runner.train.world import first_on_machine, from_first, world
 
 OUT_OF_MEMORY = (
@@ -79,13 +80,20 @@ def train(plan: Plan, channel: Channel) -> dict[str, Any]:
                 f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; state is saved"
             )
         trainer.leave()
+        trainer.take_best()
         exported = _export(plan, channel, trainer, prepared.processor)
         if world().first:
             _write_steps(plan.run_dir / "steps.jsonl", trainer.steps)
-        after = evaluator.run("after", "evaluate_after", step=trainer.args.max_steps)
+        last = trainer.steps[-1].step
+        best = trainer.watch.told()
+        after = evaluator.run("after", "evaluate_after", step=last if best is None else best["step"])
+        if world().first:
+            trainer.watch.clear()
     return {
-        "step": trainer.args.max_steps,
-        "steps": trainer.args.max_steps,
+        "step": last,
+        "steps": last,
+        "best": best,
+        "stopped_early": last < trainer.args.max_steps,
         "metrics": {"before": before, "after": after},
         "adapter": str(exported),
         "facts": {**_facts(plan, model, trainer, prepared), "peak_memory_bytes": peak_memory()},
@@ -196,14 +204,21 @@ def _trainer(
 ) -> RunTrainer:
     rows, applied = prepared.train_rows, prepared.savings
     assert rows is not None and applied is not None
+    job = plan.job
+    watch = Watch(
+        job.evaluation,
+        attempt_dir=plan.attempt_dir,
+        record=plan.run_dir / RECORD,
+        restore=plan.restore,
+    )
     control = SaveAndStop(
-        save_steps=plan.job.checkpoints.save_steps,
+        save_steps=job.checkpoints.save_steps,
         save_seconds=plan.save_seconds,
         request=channel.request,
         tell_phase=lambda phase: channel.send("phase", phase=phase),
+        evaluation_due=watch.due,
         agree=from_first,
     )
-    job = plan.job
     reference = None
     if job.method == "dpo" and job.lora is None:
         with placement.whole(arguments):
@@ -222,7 +237,7 @@ def _trainer(
             eval_rows=prepared.eval_rows,
             control=control,
         )
-    trainer.attach(plan, rows, channel, evaluator.during, control, applied)
+    trainer.attach(plan, rows, channel, evaluator.during, control, watch, applied)
     return trainer
 
 
@@ -248,7 +263,9 @@ def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
             if not world().first:
                 set_seed(plan.job.seed + world().rank)  # dropout of its own
             trainer.train()
-        elif trainer.steps[-1].step >= trainer.args.max_steps:
+        elif (done := trainer.steps[-1].step) >= (last := trainer.args.max_steps) and not (
+            trainer.watch.pending(done, last)
+        ):
             # transformers would train one step more from such a checkpoint.
             trainer._load_from_checkpoint(str(plan.restore))
         else:

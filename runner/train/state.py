@@ -7,6 +7,7 @@
     adapter_config.json      of an adapter: PEFT's, as the export has it (`runner.checkpoint.adapter_file`)
     trainer_state.json       transformers' own TrainerState (step, epoch, log history)
     references.safetensors   under dpo: what its reference is known to think of pairs
+    evaluations.json, best.safetensors   of evaluations during training (`runner.train.watch`)
     steps.jsonl              our record: loss, gradient norm, learning rate and row indices of every step
 
 Tensors and other values of a nested state are split by `split` and joined again by `join`. Parameters and
@@ -177,7 +178,7 @@ def save(
     values["rng"] = [
         split(tree, "rng", held) for tree, held in zip(snapshot.generators, generators, strict=True)
     ]
-    with _writing(folder):
+    with writing(folder):
         save_file(snapshot.parameters, folder / PARAMETERS)
         save_file(tensors, folder / OPTIMIZER)
         if references is not None:
@@ -191,7 +192,7 @@ def save(
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
     """Inside, files are written. Half of them would take the room that an outcome needs."""
     try:
         with disk("save a checkpoint", folder):
@@ -228,18 +229,33 @@ def load_parameters(folder: Path, model: torch.nn.Module) -> None:
     Raises:
         DataError: the checkpoint's parameters are not this model's.
     """
-    saved = _tensors(folder, PARAMETERS)
-    live = trainable(model)
-    odd = sorted(saved.keys() ^ live.keys()) or [
-        name for name, parameter in live.items() if saved[name].shape != parameter.shape
-    ]
-    if odd:
-        raise DataError(
-            f"checkpoint {folder.name}: its parameters are not this model's; the first is {odd[0]}"
-        )
+    saved, live = _parameters(folder, PARAMETERS, model), trainable(model)
     with torch.no_grad():
         for name, parameter in live.items():
             parameter.copy_(laid_out(saved[name], parameter))
+
+
+def best(file: Path, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What `runner.train.gathering.put` takes of a file of parameters.
+
+    Raises:
+        DataError: they are not this model's.
+    """
+    return _parameters(file.parent, file.name, model)
+
+
+def _parameters(folder: Path, file: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    saved, live = _tensors(folder, file), trainable(model)
+    odd = sorted(saved.keys() ^ live.keys()) or [
+        name
+        for name, parameter in live.items()
+        if saved[name].shape != getattr(parameter, "ds_shape", parameter.shape)
+    ]
+    if odd:
+        raise DataError(
+            f"checkpoint {folder.name}: the parameters in {file} are not this model's; the first is {odd[0]}"
+        )
+    return saved
 
 
 def load_optimizer(folder: Path, *, engine: Engine, scheduler: Any) -> None:
@@ -249,7 +265,7 @@ def load_optimizer(folder: Path, *, engine: Engine, scheduler: Any) -> None:
     """
     tensors = _tensors(folder, OPTIMIZER)
     values = _values(folder)
-    with _reading(folder, f"{STATE} or {OPTIMIZER}"):
+    with reading(folder, f"{STATE} or {OPTIMIZER}"):
         saved = values["optimizer"]
         if not isinstance(saved["state"], dict):
             raise TypeError("the optimizer's state is no object")
@@ -278,13 +294,13 @@ def load_references(folder: Path, references: References) -> None:
     """Know what the saved run knew; nothing, if it kept nothing."""
     if (folder / REFERENCES).exists():
         tensors = _tensors(folder, REFERENCES)
-        with _reading(folder, REFERENCES):
+        with reading(folder, REFERENCES):
             references.restore(tensors)
 
 
 def load_scaler(folder: Path, scaler: Any) -> None:
     """Put the float16 loss scaler back."""
-    with _reading(folder, STATE):
+    with reading(folder, STATE):
         saved = _values(folder)["scaler"]
         if saved:
             scaler.load_state_dict(saved)
@@ -300,7 +316,7 @@ def load_rng(folder: Path, seed: int) -> None:
         seed: the job's.
     """
     values, rank = _values(folder), world().rank
-    with _reading(folder, STATE):
+    with reading(folder, STATE):
         if not isinstance(values["rng"], list):
             raise TypeError("the generators' states are no list")
         saved = len(values["rng"])
@@ -311,7 +327,7 @@ def load_rng(folder: Path, seed: int) -> None:
         return
     file = RNG.format(rank)
     tensors = _tensors(folder, file)
-    with _reading(folder, f"{STATE} or {file}"):
+    with reading(folder, f"{STATE} or {file}"):
         rng.restore(join(values["rng"][rank], tensors))
 
 
@@ -321,11 +337,11 @@ def load_steps(folder: Path) -> list[Step]:
     Raises:
         DataError: it is no such record, or transformers' TrainerState is at another step.
     """
-    with _reading(folder, STEPS):
+    with reading(folder, STEPS):
         steps = [Step(**json.loads(line)) for line in (folder / STEPS).read_text().splitlines()]
         if [step.step for step in steps] != list(range(1, len(steps) + 1)) or not steps:
             raise ValueError("its steps do not count from 1")
-    with _reading(folder, TRAINER_STATE_NAME):
+    with reading(folder, TRAINER_STATE_NAME):
         kept = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
         if kept.global_step != steps[-1].step or not isinstance(kept.log_history, list):
             raise ValueError(f"it is not at step {steps[-1].step}")
@@ -336,12 +352,12 @@ def load_steps(folder: Path) -> list[Step]:
 
 def data_fingerprint(folder: Path) -> str:
     """The fingerprint of the rows that the checkpoint was trained on."""
-    with _reading(folder, STATE):
+    with reading(folder, STATE):
         return str(_values(folder)["data"])
 
 
 @contextlib.contextmanager
-def _reading(folder: Path, file: str) -> Iterator[None]:
+def reading(folder: Path, file: str) -> Iterator[None]:
     """Inside, a file is read that somebody else may have written."""
     try:
         yield
@@ -356,13 +372,13 @@ def _reading(folder: Path, file: str) -> Iterator[None]:
 
 
 def _tensors(folder: Path, file: str) -> dict[str, torch.Tensor]:
-    with _reading(folder, file):
+    with reading(folder, file):
         tensors: dict[str, torch.Tensor] = load_file(folder / file)
         return tensors
 
 
 def _values(folder: Path) -> dict[str, Any]:
-    with _reading(folder, STATE):
+    with reading(folder, STATE):
         values = json.loads((folder / STATE).read_text())
         if not isinstance(values, dict):
             raise TypeError("it is no object")

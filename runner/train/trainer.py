@@ -31,14 +31,15 @@ from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
 from runner.train.facts import peak_memory
-from runner.train.gathering import Engine, Whole, Zero, trainable
+from runner.train.gathering import Engine, Whole, Zero, put, trainable
 from runner.train.memory import memory_named
 from runner.train.models.architectures import FREEZABLE
 from runner.train.models.model import float32_trainable
 from runner.train.models.shared import SharedImages
 from runner.train.sampler import GlobalBatchSampler
 from runner.train.savings import Savings
-from runner.train.world import from_all
+from runner.train.watch import Watch
+from runner.train.world import from_all, world
 
 EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")
 """What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
@@ -61,14 +62,16 @@ class RunTrainer(Trainer):
         plan: Plan,
         rows: Rows,
         channel: Channel,
-        evaluate_now: Callable[[int], None],
+        evaluate_now: Callable[[int], dict[str, Any] | None],
         control_callback: SaveAndStop,
+        watch: Watch,
         applied: Savings,
     ) -> None:
         """Give the trainer its run. Called once, right after construction.
 
         Args:
-            evaluate_now: generates on the evaluation rows, every `evaluation.steps` steps.
+            evaluate_now: generates on the evaluation rows when an evaluation is due; returns the metrics, or
+                None when it was asked to stop.
             applied: which savings are in force.
         """
         self._plan = plan
@@ -76,6 +79,7 @@ class RunTrainer(Trainer):
         self._channel = channel
         self._evaluate_now = evaluate_now
         self.control_callback = control_callback
+        self.watch = watch
         order = plan.job.datasets.order
         self._sampler = GlobalBatchSampler(
             len(rows.dataset),
@@ -90,6 +94,7 @@ class RunTrainer(Trainer):
         self._micro: list[tuple[torch.Tensor, int, int]] = []
         self._step_rows: list[list[int]] = []
         self._micro_rows: list[int] = []
+        self._scored = 0
         self._waited = 0.0
         self._given: torch.optim.Optimizer | None = None
         self._names: list[list[str]] = []
@@ -100,6 +105,14 @@ class RunTrainer(Trainer):
 
     def leave(self) -> None:
         """Training is through: leave to other runs what they need not compute again."""
+
+    def take_best(self) -> None:
+        """Put the best evaluation's parameters into the model, where one is chosen and is not the last step.
+        Collective."""
+        best = self.watch.history.best
+        if best is not None and best.step != self.steps[-1].step:
+            values = state.best(self.watch.best_file, self.model) if world().first else {}
+            put(values, self.model)
 
     def facts(self) -> dict[str, Any]:
         """What the method has to tell of itself, for the outcome."""
@@ -131,6 +144,12 @@ class RunTrainer(Trainer):
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # accelerate loses the epoch of a custom sampler once a resume wraps it in a SkipBatchSampler.
         self._sampler.set_epoch(kwargs["epoch"])
+        step, last = self.state.global_step, self.state.max_steps
+        if self.watch.pending(step, last):
+            self._evaluate_step(step)
+        if step >= last or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
         super()._run_epoch(*args, **kwargs)
 
     # --- the record of steps ---
@@ -173,8 +192,13 @@ class RunTrainer(Trainer):
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        del inputs["row_index"], inputs["image_count"]
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        rows = len(inputs.pop("row_index")) * world().size
+        del inputs["image_count"]
+        result = super().prediction_step(model, inputs, *args, **kwargs)
+        total = len(self.eval_dataset)
+        self._scored = min(self._scored + rows, total)
+        self._channel.send("progress", phase="evaluate_loss", done=self._scored, total=total)
+        return result
 
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
@@ -184,10 +208,25 @@ class RunTrainer(Trainer):
         if stepped:
             self._record(done, grad_norm, kwargs["learning_rate"])
         super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
-        every = None if self._plan.job.evaluation is None else self._plan.job.evaluation.steps
-        if stepped and every is not None and done % every == 0 and done < self.state.max_steps:
-            self._evaluate_now(done)
+        if stepped and self.control_callback.evaluate and not self.control_callback.stopped:
+            self._evaluate_step(done)
         self._began = time.monotonic()
+
+    def _evaluate_step(self, step: int) -> None:
+        """Evaluate a step that is saved, and stop there if that was asked for or nothing gets better any
+        more. Collective."""
+        spec = self._plan.job.evaluation
+        assert spec is not None
+        metrics = self._evaluate_now(step)
+        if metrics is None:
+            self.control_callback.stopped = self.control.should_training_stop = True
+            return
+        if spec.loss:
+            metrics = {**metrics, **_told(self.evaluate())}
+        self.watch.take(step, metrics)
+        self._channel.send("phase", phase="train")
+        if self.watch.ended_early and step < self.state.max_steps:
+            self.control.should_training_stop = True
 
     def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
         mine = [float(sum(values)) for values in zip(*self._micro, strict=True)]
@@ -227,13 +266,13 @@ class RunTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Upstream's evaluation of the loss, without drawing from the training generators."""
+        self._scored = 0
         size = self.args.per_device_eval_batch_size
         remedy = f"a training.per_device_eval_batch_size below {size}"
         message = f"evaluation of the loss: out of memory. Remedy: {remedy}"
         with rng.preserved(), memory_named(RunnerError, message), loading.unwrapped():
             metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        told = {name: metrics[name] for name in EVALUATION if name in metrics}
-        self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=told)
+        self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=_told(metrics))
         return metrics
 
     # --- the state of the run ---
@@ -298,11 +337,14 @@ class RunTrainer(Trainer):
             steps=self.steps,
             references=self._known_references(),
         )
+        self.watch.write(saving)
         with disk("save a checkpoint", saving):
             self.state.save_to_json(str(saving / TRAINER_STATE_NAME))
         name = checkpoint_id(self._plan, done)
         extra = {"batch": batch_record(self._plan.job, self._plan.geometry, self._plan.strategy)}
         seal(saving, id=name, step=done, parent=self._parent, extra=extra)
+        if self.control_callback.evaluate:
+            self.watch.saved(saving)
         path = publish(saving, self._plan.run_dir / "outbox", name)
         self._channel.send("checkpoint", id=name, step=done, path=str(path), seconds=time.monotonic() - began)
 
@@ -332,3 +374,7 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_rng(Path(checkpoint), self._plan.job.seed)
+
+
+def _told(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: metrics[name] for name in EVALUATION if name in metrics}

@@ -21,12 +21,11 @@ from datasets import Dataset
 from runner.errors import DataError
 from runner.manifest import Datasets
 from runner.train.data.collator import Collator
+from runner.train.data.lengths import text_lengths
 from runner.train.data.tokens import Counted, TokenCounter, Unfit, spread
 
 SHOWN = 20
 """Rows that one message names; more are counted."""
-
-_BATCH = 1000
 
 
 @dataclass(frozen=True)
@@ -150,17 +149,19 @@ def _counted(
     text = rows.select_columns([name for name in rows.column_names if name != "images"])
     probes = [_row(rows, usable[number]) for number in spread([row.sizes for row in usable])]
     counter = TokenCounter(collator, probes)
-    source = rows if counter.needs_images else text
-    for start in range(0, len(usable), _BATCH):
-        batch = usable[start : start + _BATCH]
-        to_count = [_row(source, row) for row in batch]
-        for row, what, tokens in zip(batch, to_count, counter.count(to_count), strict=True):
-            if isinstance(tokens, Unfit):
-                parted.unfit.append(replace(row, problem=str(tokens)))
-            elif tokens <= limit:
-                parted.fit.append(replace(row, tokens=tokens))
-            else:
-                _fitted(row, what, tokens, counter, policy, limit, parted)
+    if counter.needs_images:
+        counts = [count for row in usable for count in counter.count([_row(rows, row)])]
+    else:
+        said = text.select([row.position for row in usable])
+        lengths = text_lengths(said, counter, collator.processor, [row.digest for row in usable])
+        counts = [counter.total(length, row.sizes) for length, row in zip(lengths, usable, strict=True)]
+    for row, tokens in zip(usable, counts, strict=True):
+        if isinstance(tokens, Unfit):
+            parted.unfit.append(replace(row, problem=str(tokens)))
+        elif tokens <= limit:
+            parted.fit.append(replace(row, tokens=tokens))
+        else:
+            _fitted(row, _row(text, row), tokens, counter, policy, limit, parted)
     return parted
 
 

@@ -79,10 +79,7 @@ class TokenCounter:
     def count(self, rows: Sequence[Counted]) -> list[int | Unfit]:
         """Tokens of every row, or why the chat template or the processor refuses it."""
         texts = self.text_tokens([row.row for row in rows])
-        return [
-            text if isinstance(text, Unfit) else self._total(text, row)
-            for text, row in zip(texts, rows, strict=True)
-        ]
+        return [self._count(text, row) for text, row in zip(texts, rows, strict=True)]
 
     def text_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int | Unfit]:
         """Tokens of every row with each image as one placeholder; of a pair, those of the longer sequence."""
@@ -115,7 +112,7 @@ class TokenCounter:
             return None
 
         def total(scale: float) -> int | Unfit:
-            return self._total(text, Counted(row.row, [scaled(*size, scale) for size in row.sizes]))
+            return self.total(text, [scaled(*size, scale) for size in row.sizes])
 
         smallest = SMALLEST_SIDE / min(min(size) for size in row.sizes)
         least = total(smallest) if smallest < 1.0 else None
@@ -163,11 +160,17 @@ class TokenCounter:
                 self._added[size] = Unfit(f"the processor refuses an image of {size[1]} x {size[0]}: {error}")
         return self._added[size]
 
-    def _total(self, text: int, row: Counted) -> int | Unfit:
-        if self._measure is None:
-            return self._really(row)
+    def _count(self, text: int | Unfit, row: Counted) -> int | Unfit:
+        really = self._measure is None and not isinstance(text, Unfit)
+        return self._really(row) if really else self.total(text, row.sizes)
+
+    def total(self, text: int | Unfit, sizes: Sequence[Size]) -> int | Unfit:
+        """Tokens of a row with its images, from those of its text; only where no images are needed."""
+        if isinstance(text, Unfit):
+            return text
+        assert self._measure is not None
         total = text
-        for size in row.sizes:
+        for size in sizes:
             added = self._added_by(size, self._measure)
             if isinstance(added, Unfit):
                 return added

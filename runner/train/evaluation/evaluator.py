@@ -69,11 +69,12 @@ class Evaluator:
         metrics: dict[str, Any] = saved["metrics"]
         return metrics if saved["evaluation"] == spec.model_dump(mode="json") else None
 
-    def during(self, step: int) -> None:
-        """Metrics at a step; a request to stop ends it early and is answered by the next step."""
-        with contextlib.suppress(Preempted):
-            self.run(f"step-{step:08d}", "evaluate", step=step, when="during")
-        self._channel.send("phase", phase="train")
+    def during(self, step: int) -> dict[str, Any] | None:
+        """Metrics at a step; None when a request to stop cut it off."""
+        try:
+            return self.run(f"step-{step:08d}", "evaluate", step=step, when="during")
+        except Preempted:
+            return None
 
     def run(self, label: str, phase: str, step: int, when: str | None = None) -> dict[str, Any] | None:
         """Generate, score, write `evaluation/<label>.json` and its predictions, tell the supervisor.

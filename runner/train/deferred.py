@@ -1,0 +1,43 @@
+"""Imports that would cost a start more than it needs; by whoever imports them first.
+
+bitsandbytes (0.50) decorates its fallbacks with `torch.compile` while it is imported, which loads the whole
+of inductor: about a second of every start, for functions that neither a GPU nor an x86 CPU calls. Here they
+are compiled when they are first called. It can go when bitsandbytes does so itself; tests/test_upstream.py
+says when.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def load_bitsandbytes() -> None:
+    """Import bitsandbytes without inductor; nothing, where it is imported already."""
+    compile_now = torch.compile
+    torch.compile = functools.partial(_when_called, compile_now)
+    try:
+        import bitsandbytes  # noqa: F401
+    finally:
+        torch.compile = compile_now
+
+
+def _when_called(
+    compile_now: Callable[..., Any], function: Callable[..., Any] | None = None, **options: Any
+) -> Callable[..., Any]:
+    """`torch.compile`, or its decorator with options, at the first call."""
+    if function is None:
+        return functools.partial(_when_called, compile_now, **options)
+
+    @functools.cache
+    def compiled() -> Any:
+        return compile_now(function, **options)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return compiled()(*args, **kwargs)
+
+    return call
