@@ -1,8 +1,8 @@
 """What a run has committed by now, read from its folder again and again. Writes nothing.
 
-    newest/<id>/steps.jsonl         every step up to the newest committed checkpoint, whoever did it
-    newest/<id>/evaluations.jsonl   every evaluation during training up to there
-    events.jsonl                    of this machine: seconds of steps, evaluations, how a command ended
+    newest/<id>/steps.jsonl   every step up to the newest committed checkpoint, whoever did it
+    evaluations.jsonl         every evaluation during training, whoever did it
+    events.jsonl              of this machine: seconds of steps, evaluations, how a command ended
 
 What is being restored is called `*.partial`, and every file may be gone between two lines of ours.
 """
@@ -97,7 +97,7 @@ class Feed:
             if folder.name == self._checkpoint:
                 return
             lines = (folder / "steps.jsonl").read_text().splitlines()
-            kept = folder / "evaluations.jsonl"
+            kept = self._run / "evaluations.jsonl"
             evaluations = kept.read_text().splitlines() if kept.exists() else []
         except (FileNotFoundError, StopIteration):
             return  # it is being replaced by the next one
