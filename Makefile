@@ -8,7 +8,7 @@ SET ?=
 ARGS ?=
 # torchvision is a CUDA build: for machines that have a GPU only.
 COMMA := ,
-EXTRAS ?= train,dev$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
+EXTRAS ?= train,tracking,dev$(if $(shell command -v nvidia-smi),$(COMMA)gpu)
 
 SHELL := bash
 BIN := .venv/bin
@@ -33,7 +33,7 @@ validate: has-job .venv/.installed ## Check a job without running it: make valid
 submit: has-job .venv/.installed ## Run a job on Kubernetes or AWS Batch: make submit JOB=jobs/mine.yaml ARGS="--watch"
 	@exec $(BIN)/runner submit $(if $(JOB),"$(JOB)") $(SET) $(ARGS)
 
-test: check .venv/torchvision-cpu .venv/browser ## Run check and every test: make test ARGS="-k manifest"
+test: check .venv/torchvision-cpu .venv/browser .venv/trackio ## Run check and every test: make test ARGS="-k manifest"
 	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
 
 check: .venv/.installed ## Lint, check the format and the types
@@ -102,3 +102,9 @@ has-job:
 # For the tests that look at reports; without it they are skipped. Nothing is fetched where a Chromium is installed.
 .venv/browser: .venv/.installed
 	@$(BIN)/python -m tests.browser $@ || echo 'tests of reports in a browser are skipped' >&2
+
+# Beside them, too, and without what is there already: it declares a pillow below 13, and works with the one of .venv.
+.venv/trackio: .venv/.installed
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --upgrade \
+	  --constraint constraints.txt --target $@ trackio brotli gradio_client httpcore httpx orjson python-multipart \
+	|| echo 'trackio cannot be downloaded: its tests are skipped' >&2

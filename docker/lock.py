@@ -47,7 +47,7 @@ def main() -> int:
         return 69
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    light, train, gpu = project["dependencies"], extras["train"], extras["gpu"]
+    light, train, gpu = project["dependencies"], [*extras["train"], *extras["tracking"]], extras["gpu"]
     links = ["--find-links", os.environ.get("TORCH_CPU_LINKS", LINKS)]
 
     everything = resolved([*light, *train, *gpu])

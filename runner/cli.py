@@ -179,9 +179,12 @@ def _validate(arguments: argparse.Namespace) -> int:
     from runner.job.resolved import resolved_yaml
     from runner.settings import resolve
     from runner.supervisor.world import place
+    from runner.tracking.choice import asked, missing, remedy
 
     resolved = resolve(*split(arguments.words), os.environ)
     place(resolved.job, gpus=0)  # refuses nodes that no machine could make do
+    if absent := missing(asked(resolved.job.training.options.get("report_to"))):
+        complain(f"warning: training.report_to: {', '.join(absent)} is not installed here: {remedy(absent)}")
     if arguments.resolved:
         say(resolved_yaml(resolved))
         return 0

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
@@ -49,12 +50,14 @@ from runner.supervisor.journal import Journal
 from runner.supervisor.member import member
 from runner.supervisor.metadata.choose import source as metadata_source
 from runner.supervisor.metadata.watch import Watch
+from runner.supervisor.metrics_file import MetricsFile
 from runner.supervisor.notices import Notices
 from runner.supervisor.opening import opening
 from runner.supervisor.progress import near
 from runner.supervisor.reporting import reported
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.team import Team
+from runner.supervisor.trackers import Trackers, need_packages
 from runner.supervisor.world import Machine, place, processes
 from runner.topology import topology
 
@@ -84,6 +87,7 @@ def train(
         code = member(job, (runs_dir / job.name).absolute(), here, machine, trainer, voice)
         last_words.write(os.environ, "done", code, "done, as node 0 says")
         return code
+    need_packages(job)
     grace, source = grace_seconds(os.environ), metadata_source(os.environ)
     folder = RunFolder((runs_dir / job.name).absolute())
     with (
@@ -95,7 +99,7 @@ def train(
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
-        journal = Journal(log, screen, notices.wake)
+        journal = Journal(log, screen, notices.wake, MetricsFile(folder.metrics, job))
         for line in opening(resolved, folder.path, machine, placement):
             journal.line(line)
 
@@ -112,8 +116,9 @@ def train(
             geometry=lambda: attempts.batch_record,
             memory_peak=lambda: attempts.seen.memory_peak,
         )
-        with contextlib.closing(custody), Watch(source, notices, warn):
-            _Run(resolved, folder, notices, screen, journal, attempts, custody, team).train()
+        trackers = Trackers(job, folder, notices, journal.say, until=lambda: attempts.deadline)
+        with contextlib.closing(trackers), contextlib.closing(custody), Watch(source, notices, warn):
+            _Run(resolved, folder, notices, screen, journal, attempts, custody, team, trackers).train()
     return 0
 
 
@@ -130,6 +135,7 @@ class _Run:
         attempts: Attempts,
         custody: Custody,
         team: Team,
+        trackers: Trackers,
     ) -> None:
         self._resolved = resolved
         self._job = resolved.job
@@ -140,6 +146,7 @@ class _Run:
         self._attempts = attempts
         self._custody = custody
         self._team = team
+        self._trackers = trackers
 
     def train(self) -> None:
         try:
@@ -157,6 +164,7 @@ class _Run:
             stored, sources = self._sources(stored or self._same_job(), answer)
             self._custody.restore()
             self._custody.leftovers()
+            self._trackers.start(stored, self._journal.record)
             self._attempts.run(sources, stored, self._custody)
             self._screen.close()
             self._finish()
@@ -206,6 +214,7 @@ class _Run:
                 pins=answer.pins,
                 fingerprints=answer.fingerprints,
                 versions=now,
+                id=uuid.uuid4().hex,
             )
             stored = self._custody.begin(new)
         identity.check_sources(stored, answer.fingerprints, self._job, self._custody.place)

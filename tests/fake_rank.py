@@ -11,6 +11,7 @@ The script:
     steps, save     steps in all, and between two saves
     faults          how it breaks down (tests/fake_faults.py)
     step_seconds    of sleep in every step, 0 if absent
+    record          whether checkpoints have a steps.jsonl, as a real trainer's
     frozen_bytes    of frozen.bin, a file that is the same in every checkpoint; 1000
     state_bytes     of state.bin, a file that depends on every step so far; 1000
     meet            the folder where ranks of several machines meet; in the attempt's own if absent
@@ -149,6 +150,13 @@ class Rank:
                 self.stop()
             self.wait_if_asked()
 
+    def record(self, step: int) -> dict[str, Any]:
+        """What a real trainer keeps of a step."""
+        rows = list(range((step - 1) * ROWS, step * ROWS))
+        rate = 1e-4 * (self.steps - step)
+        numbers = {"loss": 1 / step, "grad_norm": None if step == 2 else 0.5 / step, "learning_rate": rate}
+        return {"step": step, **numbers, "tokens": 100, "images": ROWS, "rows": rows}
+
     def stop(self) -> None:
         self.end("preempted", 75, error=f"stopped at step {self.done} of {self.steps}; state is saved")
 
@@ -172,6 +180,9 @@ class Rank:
             with disk("save a checkpoint", saving):
                 saving.mkdir()
                 (saving / "state.json").write_text(json.dumps({"step": self.done, "value": self.value}))
+                if self.script.get("record"):
+                    lines = [json.dumps(self.record(step)) + "\n" for step in range(1, self.done + 1)]
+                    (saving / "steps.jsonl").write_text("".join(lines))
                 (saving / "state.bin").write_bytes(_bytes(self.value, self.script.get("state_bytes", 1000)))
                 self.faults.at(f"saving:{self.done}")
                 frozen = _bytes("frozen", self.script.get("frozen_bytes", 1000))

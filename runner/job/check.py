@@ -3,6 +3,7 @@
     secrets   runner.job.secrets   what looks like a credential, by value or by key
     shape     runner.job.shape     unknown keys, types, choices and ranges, against runner/schema/job.json
     roles     here             columns that a format does not have
+    trackers  here                 words of training.report_to that are no tracker
     matrix    runner.job.matrix    combinations that cannot work
 
 Then the `Job` is built; its own validation repeats the shape in pydantic, and has the last word.
@@ -26,6 +27,7 @@ from runner.job.yaml_source import Path, show_path
 from runner.manifest import ROLES, Job
 from runner.schema import job_schema_text
 from runner.schema.job import METHODS, of_method
+from runner.tracking import choice
 
 
 def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, list[Finding]]:
@@ -39,7 +41,7 @@ def check(tree: dict[str, Any], words: dict[Path, str]) -> tuple[Job | None, lis
     judge = Judge(schema["$defs"], words, _unknown)
     secrets = list(_secrets(tree, ()))
     found = itertools.chain(
-        judge.findings(tree, schema), _roles(tree), _processor(tree), matrix.refusals(tree)
+        judge.findings(tree, schema), _roles(tree), _processor(tree), _trackers(tree), matrix.refusals(tree)
     )
     hidden = [secret.path for secret in secrets]
     rest = [
@@ -204,3 +206,23 @@ def _processor(tree: dict[str, Any]) -> Iterator[Finding]:
     for key in processor if isinstance(processor, dict) else ():
         if answer := foreign.PROCESSOR.get(key):
             yield _instead(("model", "processor", key), f"the runner owns {key}", answer.use, answer.note)
+
+
+def _trackers(tree: dict[str, Any]) -> Iterator[Finding]:
+    training = tree.get("training")
+    report_to = training.get("report_to") if isinstance(training, dict) else None
+    words = report_to if isinstance(report_to, list) else [report_to]
+    if any(not isinstance(word, str | None) for word in words):
+        return  # the shape says it
+    names = ", ".join(choice.TRACKERS)
+    for word in choice.unknown(report_to):
+        if word == "all":
+            reason = "it would be whatever happens to be installed, here or on the next machine"
+            remedy = f"name them: a list of {names}"
+        elif word == choice.NONE:
+            reason, remedy = "none stands beside a tracker", "remove it, or the others"
+        else:
+            near = closest(word, choice.TRACKERS)
+            meant = f"did you mean {near}? " if near else ""
+            reason, remedy = f"{word} is no tracker here", f"{meant}the trackers are {names}, or none"
+        yield Finding(("training", "report_to"), reason, remedy)

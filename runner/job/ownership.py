@@ -31,6 +31,7 @@ _LABELS = "the loss is on the answers, always; the label audit shows it before s
 _PRECISION = "the computation has the type of the model, in training and in evaluation"
 _ROWS = "rows are read by format and columns, and never tokenized ahead for vision data"
 _VERBS = "the verb of the command line decides what is done"
+_TRACKIO = "trackio writes beside the run, so that no step is there twice; `trackio sync` sends it to a Space"
 _PYTHON = "it is a Python object, which YAML cannot write"
 
 TRAINING: dict[str, Owned] = {
@@ -69,6 +70,9 @@ TRAINING: dict[str, Owned] = {
     "hub_strategy": Owned(_HUB),
     "hub_always_push": Owned(_HUB),
     "hub_revision": Owned(_HUB),
+    "trackio_space_id": Owned(_TRACKIO, "training.report_to"),
+    "trackio_bucket_id": Owned(_TRACKIO, "training.report_to"),
+    "trackio_static_space_id": Owned(_TRACKIO, "training.report_to"),
     "use_cpu": Owned(
         "the device is the machine's; hide its GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
     ),

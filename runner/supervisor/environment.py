@@ -11,7 +11,10 @@ from runner.plan import Strategy
 from runner.supervisor.order import Share
 from runner.supervisor.world import Machine
 
-SECRET = ("AWS_", "GOOGLE_", "AZURE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+SECRET = (
+    *("AWS_", "GOOGLE_", "AZURE_", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"),
+    *("WANDB_", "MLFLOW_", "DATABRICKS_", "TRACKIO_"),
+)
 """Beginnings of variables that a trainer does not get."""
 
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -19,6 +19,7 @@ are kept, so that a branch that moves does not move a run; local files are compa
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -41,6 +42,7 @@ FREE = (
     "training.logging_*",
     "training.log_*",
     "training.report_to*",
+    "training.project",
     "training.run_name",
     "training.disable_tqdm",
     "resources.*",
@@ -79,6 +81,13 @@ class Identity(BaseModel):
     """Of local paths, by `runner.supervisor.fetch.fingerprint`."""
     versions: dict[str, str]
     """Packages of the first attempt, for the record and for one warning."""
+    id: str = ""
+    """Drawn when the run began; empty in a run that began with a version that drew none."""
+
+    @property
+    def run_id(self) -> str:
+        """Names the run to the world outside: no other run has it, and every attempt of this one does."""
+        return self.id or hashlib.sha256(encode(self)).hexdigest()[:32]
 
 
 def versions() -> dict[str, str]:

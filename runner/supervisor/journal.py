@@ -1,4 +1,5 @@
-"""What happens, told once: to events.jsonl at once and from any thread, to the run's record, to the screen.
+"""What happens, told once: to events.jsonl at once and from any thread, to the run's record, to the screen,
+and to `metrics.prom`.
 
 Only the thread that watches the trainer draws; what other threads say waits until it looks. What libraries
 wrote, as the last line of a log, may hold a credential: no words are kept or drawn with one.
@@ -20,6 +21,7 @@ from runner.errors import DataError
 from runner.events import Event, EventLog
 from runner.job.secrets import without_secrets
 from runner.supervisor.display import Display
+from runner.supervisor.metrics_file import MetricsFile
 from runner.supervisor.result import Record
 
 _WORDS = ("reason", "message", "error", "text")
@@ -39,9 +41,12 @@ class Journal:
         wake: called when another thread has said something.
     """
 
-    def __init__(self, log: EventLog, screen: Display, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, log: EventLog, screen: Display, wake: Callable[[], None], metrics: MetricsFile | None = None
+    ) -> None:
         self._log = log
         self._screen = screen
+        self._metrics = metrics
         self._wake = wake
         self._lock = threading.Lock()
         self._artist = threading.get_ident()
@@ -93,6 +98,8 @@ class Journal:
             written = self._log.write(cleaned(event))
             self.record.note(written)
             self.record.size = self._log.size
+            if self._metrics is not None:
+                self._metrics.note(written)
             self._unseen.append(written)
         if threading.get_ident() == self._artist:
             self.show()
@@ -103,6 +110,9 @@ class Journal:
         """Draw what has been said; the watching thread's."""
         while self._unseen:
             self._screen.show(self._unseen.popleft())
+        if self._metrics is not None:
+            with self._lock:
+                self._metrics.write()
 
     def line(self, text: str) -> None:
         """A line for the person alone; the watching thread's."""

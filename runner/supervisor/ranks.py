@@ -239,7 +239,7 @@ def _spawn(child: Child, events: int | None, lifeline: int, output: int) -> subp
         raise RunnerError(why.format("no such program"))
     try:
         return subprocess.Popen(
-            [*_shim(), *child.command],
+            [*shim(), *child.command],
             env={**child.environ, **{name: str(fd) for name, fd in fds.items()}},
             pass_fds=tuple(fds.values()),
             stdin=subprocess.DEVNULL,
@@ -251,7 +251,7 @@ def _spawn(child: Child, events: int | None, lifeline: int, output: int) -> subp
         raise RunnerError(why.format(error.strerror)) from error
 
 
-def _shim() -> list[str]:
+def shim() -> list[str]:
     """What goes before a command so that it dies with this process; 10 ms. Elsewhere the lifeline does it."""
     if sys.platform != "linux":
         return []

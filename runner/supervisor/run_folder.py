@@ -13,6 +13,8 @@ outbox/         checkpoints that are published and not yet committed
 newest/         the newest committed checkpoint, for a restart on this machine
 checkpoints/    the store of a run that has no `checkpoints.uri` (`runner.checkpoint.folder`)
 evaluation/     metrics, and every prediction
+tracking/       what trackers have of the run, and their logs (`runner.tracking`)
+metrics.prom    where it stands, for Prometheus (`runner.tracking.prometheus`)
 steps.jsonl     every optimizer step, when training is done
 evaluations.jsonl   every evaluation during training (`runner.train.watch`)
 adapter/        what was trained
@@ -85,6 +87,14 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def tracking(self) -> Path:
+        return self.path / "tracking"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.prom"
 
     @property
     def adapter(self) -> Path:

@@ -49,7 +49,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
         JobError: upstream refuses a value that the generated schema could not judge.
     """
     job = plan.job
-    options = {"report_to": "none", **job.training.options}
+    options = job.training.options
     try:
         built = _CONFIGURATIONS[job.method](
             **{
@@ -64,6 +64,7 @@ def arguments(plan: Plan, steps: int) -> SFTConfig | DPOConfig:
                 "use_cpu": device().type == "cpu",
                 "max_length": None,  # image tokens are never truncated; `datasets.max_length` decides before
                 "save_strategy": "no",  # `SaveAndStop` decides
+                "report_to": "none",  # `runner.tracking` does
                 "disable_tqdm": True,
                 "remove_unused_columns": False,
             }
