@@ -10,38 +10,29 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ValidationError
-
-import runner
 from runner.checkpoint.files import move, sync_folders
 from runner.durable import disk, sync, write_json, write_text
-from runner.errors import DataError, JobError, Preempted, Problem, RunnerError, UsageError
+from runner.errors import DataError, JobError, Problem, RunnerError, UsageError
 from runner.events import Event
 from runner.export import room
-from runner.export.card import Card, comparison, markdown
-from runner.export.code import Base, load_lines
-from runner.export.likeness import TOLERANCE, Steps, likeness
+from runner.export.card import Card, base_of, comparison, markdown
+from runner.export.check import check
+from runner.export.child import kept, run_child
 from runner.export.order import Kind, Made, Order
-from runner.export.public import public_job, public_path
+from runner.export.public import public_job
 from runner.export.source import Trained
 from runner.supervisor import fetch, identity
-from runner.supervisor.environment import environ_of_trainer
 from runner.supervisor.fetching import fetched
 from runner.supervisor.notices import Notices
-from runner.supervisor.ranks import Child, Exit, watch
 from runner.supervisor.remains import last_error, outcome
 from runner.supervisor.verdict import final_error
-from runner.supervisor.world import Machine
 
 EXPORTER = (sys.executable, "-m", "runner.train.export")
-PLAIN = Path(runner.__file__).parent / "train" / "plain.py"
 
 
 @dataclass(frozen=True)
@@ -66,14 +57,6 @@ class Exported:
     card: Card
     base: str
     """Folder of the base model on this machine."""
-
-
-class _Heard(BaseModel):
-    """What `runner.train.plain` leaves."""
-
-    input_ids: list[int]
-    steps: Steps
-    foreign: list[str]
 
 
 def refuse_occupied(to: Path) -> None:
@@ -135,11 +118,12 @@ def build(
     card = Card(kind, trained, made, dtype, wanted.repo or wanted.to.name, wanted.license)
     _describe(card, made_at)
     show({"event": "phase", "phase": "loading it with plain transformers, in a fresh process"})
-    _check_plain(card, order, work, notices)
+    check(card, order, work, notices)
     if made.compared is not None:
         say(comparison(made.compared, dtype))
     with disk("put the export in its place", wanted.to):
         for file in made_at.iterdir():
+            file.chmod(0o644)  # safetensors lets nobody else read its files
             sync(file)
         sync_folders(made_at)
         if wanted.to.is_dir():
@@ -201,14 +185,14 @@ def _made(order: Order, work: Path, notices: Notices, show: Callable[[Event], No
     asked, answer, log = work / "order.json", work / "outcome.json", work / "export.log"
     with disk("write the order", work):
         write_text(asked, order.model_dump_json())
-    exit = _run([*EXPORTER, str(asked), str(answer)], log, notices, show)
+    exit = run_child([*EXPORTER, str(asked), str(answer)], log, notices, show)
     left = outcome(answer)
     error = None if left is None else final_error(left)
     if error is not None:
         raise error
     if left is None or left.outcome != "done":
         why = f"it ended with {exit}; its last line: {last_error(log)}" if left is None else str(left.error)
-        raise RunnerError(f"export: {why}; log: {_kept(log)}")
+        raise RunnerError(f"export: {why}; log: {kept(log)}")
     return Made.model_validate(left.facts)
 
 
@@ -228,77 +212,14 @@ def _describe(card: Card, folder: Path) -> None:
                 "done": card.trained.result is not None,
                 "compared": None if compared is None else compared.model_dump(mode="json"),
                 "metrics": card.made.metrics,
+                "like_run": card.made.like_run,
                 "versions": identity.versions(),
             },
         )
         config = folder / "adapter_config.json"
         if config.is_file():
             document = json.loads(config.read_bytes())
-            document["base_model_name_or_path"] = public_path(card.trained.job.model.name_or_path)
+            base = base_of(card.trained)
+            document["base_model_name_or_path"] = base.place
+            document["revision"] = base.revision or document.get("revision")
             write_json(config, document)
-
-
-def _check_plain(card: Card, order: Order, work: Path, notices: Notices) -> None:
-    """Load the export as its card says, where nothing of this package is, and ask it.
-
-    Raises:
-        DataError: it answers something else than it did here.
-        RunnerError: it does not load.
-    """
-    base = Base(order.base) if card.kind == "adapter" else None
-    lines = load_lines(card.kind, str(order.to), card.dtype, base, card.made.quantization)
-    asked, answer, log = work / "question.json", work / "answer.json", work / "plain.log"
-    ours = card.made.answer
-    with disk("write the question", work):
-        write_json(asked, {"load": "\n".join(lines), "against": [step.ids for step in ours]})
-    exit = _run([sys.executable, "-P", str(PLAIN), str(asked), str(answer)], log, notices, lambda event: None)
-    try:
-        with disk("read the answer", answer):
-            heard = _Heard.model_validate_json(answer.read_bytes() if answer.is_file() else b"")
-    except ValidationError as error:
-        raise RunnerError(
-            f"export: plain transformers cannot load it: {exit}; its last line: {last_error(log)}; nothing "
-            f"was written; log: {_kept(log)}"
-        ) from error
-    if heard.foreign:
-        raise RunnerError(f"export: loading it imported {heard.foreign[0]}, so that it needs this runner")
-    if heard.input_ids != card.made.input_ids:
-        raise DataError(
-            "export: the processor that was written makes other tokens of a question than the run's; nothing "
-            "was written; remedy: report it, with the job"
-        )
-    same = likeness(ours, heard.steps, TOLERANCE[card.dtype])
-    if not same.within:
-        raise DataError(
-            f"export: loaded with plain transformers it answers something else than here: at token "
-            f"{same.at + 1} a logit differs by {same.apart:.1e} of the largest, and {card.dtype} allows "
-            f"{TOLERANCE[card.dtype]:.0e}; nothing was written; remedy: report it, with the job"
-        )
-
-
-def _run(command: Sequence[str], log: Path, notices: Notices, show: Callable[[Event], None]) -> Exit:
-    """A child in a trainer's environment, to its end.
-
-    Raises:
-        Preempted: asked to stop.
-    """
-    environ = environ_of_trainer(os.environ, 1, "single", Machine.here(os.environ))
-    exit = watch(
-        [Child(command, environ, log)],
-        notices=notices,
-        on_event=show,
-        on_notice=lambda reason: True,
-        on_tick=lambda: None,
-    )
-    if notices.first is not None:
-        raise Preempted(f"{notices.first}: the export is stopped; nothing is left of it")
-    return exit
-
-
-def _kept(log: Path) -> Path:
-    """A log where it is not removed with the rest."""
-    with disk("keep the log", Path(tempfile.gettempdir())):
-        handle, name = tempfile.mkstemp(prefix="runner-export-", suffix=".log")
-        os.close(handle)
-        shutil.copyfile(log, name)
-    return Path(name)

@@ -1,7 +1,7 @@
 """The model card of an export: what the hub reads from its front matter, and what a person reads below.
 
-Nothing is guessed: a license only if somebody said one, hub ids only where the job names some, metrics only as
-the run measured them. huggingface_hub's own classes write the front matter.
+Nothing is guessed: a license only if somebody said one, hub ids only where the job names some, metrics only
+as they were measured. huggingface_hub's own classes write the front matter.
 """
 
 from __future__ import annotations
@@ -114,14 +114,15 @@ def _text(card: Card) -> str:
 def _training(trained: Trained) -> list[str]:
     job, ended = trained.job, trained.result
     options = job.training.options
+    lora = {key: value for key, value in (job.lora or {}).items() if key != "init_from"}
     rows = [
         ("base model", _name(job)),
         ("commit of the base", base_of(trained).revision),
         ("data", ", ".join(map(_source, job.datasets.train))),
         ("method", job.method),
         ("quantization of the base", _settings(job.quantization)),
-        ("LoRA", _settings({key: value for key, value in (job.lora or {}).items() if key != "init_from"})),
-        ("began with", None if not (job.lora or {}).get("init_from") else "another adapter (lora.init_from)"),
+        ("LoRA", None if job.lora is None else _settings(lora)),
+        ("began with", "another adapter (lora.init_from)" if (job.lora or {}).get("init_from") else None),
         ("frozen", ", ".join(job.model.freeze) or "nothing"),
         ("dtype", job.model.dtype),
         ("optimizer steps", trained.step),
@@ -160,6 +161,9 @@ def _evaluation(card: Card) -> list[str]:
             for title, side in sides
             for line in metric_lines(card.made.metrics.get(side) or {})
         ]
+        if card.made.like_run is not None:
+            n = card.made.compared.questions
+            lines.append(f"* of the merged model's answers {card.made.like_run} of {n} are the run's own")
         parts.append("\n".join(lines))
     elif card.kind == "merged":
         parts.append("This merged model was not compared with base + adapter.")
@@ -173,8 +177,8 @@ def comparison(found: Compared, dtype: str) -> str:
     )
     return (
         f"Merged against unquantized base + adapter, both in {dtype}, on {found.questions} questions: "
-        f"{found.equal} answers are equal token by token{ties}. Logits differ by at most {found.apart:.1e} of "
-        f"the largest; the tolerance of {dtype} is {found.tolerance:.0e}."
+        f"{found.equal} answers are equal token by token{ties}. Logits differ by at most {found.apart:.1e} "
+        f"of the largest; the tolerance of {dtype} is {found.tolerance:.0e}."
     )
 
 
@@ -214,8 +218,6 @@ def _cell(value: Any) -> str:
 
 
 def _value(value: Any) -> str:
-    return (
-        ", ".join(map(str, value))
-        if isinstance(value, Sequence) and not isinstance(value, str)
-        else str(value)
-    )
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return str(value)

@@ -17,9 +17,7 @@ from pathlib import Path
 
 from runner.errors import AccessDenied, DataError, StorageError, UsageError
 
-_TOKEN = (
-    "set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens), or `hf auth login`"
-)
+_TOKEN = "set HF_TOKEN to a token with write access (https://huggingface.co/settings/tokens)"
 
 
 def check(repo: str) -> None:
@@ -32,7 +30,7 @@ def check(repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.utils import validate_repo_id
 
-    with _failures(f"push to {repo}", None):
+    with _failures(repo, None):
         validate_repo_id(repo)
         known = HfApi().whoami()
     role = known.get("auth", {}).get("accessToken", {}).get("role")
@@ -54,20 +52,25 @@ def push(folder: Path, repo: str, public: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _failures(f"push to {repo}", folder):
+    with _failures(repo, folder):
         api = HfApi()
         made = api.create_repo(repo, private=not public, exist_ok=True)
         if not public and api.repo_info(repo).private is False:
             raise UsageError(
                 f"push to {repo}: it is there already, and everybody sees it; {folder} was written and stays "
-                f"here\n    remedy: if they shall see this, too: hf upload {repo} {folder}"
+                f"here\n    remedy: if they shall see this, too: {upload(repo, folder)}"
             )
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload of vlm-runner export")
     return str(made)
 
 
+def upload(repo: str, folder: Path) -> str:
+    """huggingface_hub's own command for the same."""
+    return f"hf upload {repo} {folder} . --private"
+
+
 @contextlib.contextmanager
-def _failures(what: str, folder: Path | None) -> Iterator[None]:
+def _failures(repo: str, folder: Path | None) -> Iterator[None]:
     """Map what huggingface_hub raises.
 
     Args:
@@ -82,11 +85,10 @@ def _failures(what: str, folder: Path | None) -> Iterator[None]:
         OfflineModeIsEnabled,
     )
 
-    again = (
-        ""
-        if folder is None
-        else f"; {folder} is whole and stays; upload it later with: hf upload REPO {folder}"
-    )
+    again = ""
+    if folder is not None:
+        again = f"; {folder} is whole and stays, for another try: {upload(repo, folder)}"
+    what = f"push to {repo}"
     try:
         yield
     except HFValidationError as error:

@@ -52,3 +52,5 @@ class Made(BaseModel):
     compared: Compared | None
     metrics: dict[str, dict[str, Any] | None]
     """Over the questions that were compared: `run`, what the run measured; `merged`."""
+    like_run: int | None
+    """Of their answers those that are the run's own, word for word; None where it has none for each."""

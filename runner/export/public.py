@@ -38,8 +38,8 @@ def public_job(job: Job, environ: Mapping[str, str]) -> str:
     """
     tree = {key: value for key, value in job.model_dump(mode="json").items() if key not in _PLACES}
     text: str = yaml.safe_dump(_cleaned(tree, ()), sort_keys=False, allow_unicode=True, width=110)
-    head = "# The job that trained this, as vlm-runner resolved it; paths of its machine are shortened to ./name.\n"
-    return head + without_secrets(text, environ)
+    head = "# The job that trained this; paths of its machine are shortened to ./name."
+    return f"{head}\n" + without_secrets(text, environ)
 
 
 def _cleaned(node: Any, path: tuple[str, ...]) -> Any:

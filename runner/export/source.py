@@ -6,9 +6,9 @@
                      else a store, or a run's inside       -                         that store
     s3://, file://   a store                               -                         that store
 
-A store of a done run has the end of it, checked file by file; of any other the adapter of its newest committed
-checkpoint. `--step` asks for the checkpoint of a step. What a run trained is said by its own `run.json`, not by
-a job file that may have changed since.
+A store of a done run has the end of it, checked file by file; of any other the adapter of its newest
+committed checkpoint. `--step` asks for the checkpoint of a step. What a run trained is said by its own
+`run.json`, not by a job file that may have changed since.
 """
 
 from __future__ import annotations
@@ -157,9 +157,7 @@ def _from_store(arguments: argparse.Namespace, work: Path) -> Trained:
     done = pull(store, place.open(store.place), wish, to, warn)
     if not at_end:
         if final is None and step is None:
-            complain(
-                f"{store.place} is not done: this is the adapter of its checkpoint of step {done.entry.step}"
-            )
+            warn(f"{store.place} is not done: exporting its newest checkpoint, step {done.entry.step}")
         return Trained(to, False, _job(stored, store.place), stored, done.entry.step, None, None)
     ended = result.read(to / "result.json")
     trained = None if ended is None else _ended(to, stored, ended)

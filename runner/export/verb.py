@@ -77,9 +77,7 @@ def _refuse_idle(arguments: argparse.Namespace) -> None:
         ("--public", "--push-to-hub", arguments.public and arguments.push_to_hub is None),
     ):
         if idle:
-            raise UsageError(
-                f"export: {option} means nothing without {needs}\n    remedy: add it, or leave it"
-            )
+            raise UsageError(f"export: {option} means nothing without {needs}\n    remedy: add {needs}")
 
 
 def _act(arguments: argparse.Namespace) -> int:
@@ -137,6 +135,8 @@ def _tell(done: Exported, to: Path, compare: int) -> None:
             say(f"over these {n} questions, {over} -> merged:")
         for line in change_lines(run, made.metrics.get("merged")):
             say(f"  {line}")
+        if made.like_run is not None:
+            say(f"  {made.like_run} of {n} answers are the run's own, word for word")
     base = Base(done.base) if card.kind == "adapter" else None
     lines = load_lines(card.kind, str(to), card.dtype, base, made.quantization)
     packages = "transformers and PEFT" if card.kind == "adapter" else "transformers"

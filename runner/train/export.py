@@ -2,8 +2,8 @@
 
     adapter    its files, the processor; loaded over the base as it trained, and asked one question
     model      the same of a model that was trained whole
-    merged     base without quantization + adapter -> answers -> merged -> saved -> loaded from there -> answers,
-               which must be the same (`runner.export.likeness`)
+    merged     base without quantization + adapter -> answers -> merged -> saved -> loaded from there
+               -> answers, which must be the same (`runner.export.likeness`)
 
 One model is in memory at a time. The answer to `runner.train.plain`'s question is what a fresh process has to
 give, too. It ends as `runner.train` does: with an outcome file, or a traceback in its log.
@@ -48,6 +48,10 @@ OUT_OF_MEMORY = (
 )
 
 
+NOTHING: dict[str, Any] = {"metrics": {}, "like_run": None}
+"""What is measured where nothing is compared."""
+
+
 def export(order: Order, channel: Channel) -> Made:
     """Write the folder and answer from it.
 
@@ -59,15 +63,15 @@ def export(order: Order, channel: Channel) -> Made:
     transformers_logging.disable_progress_bar()
     processor = models.load_processor(order.job, order.base)
     if order.kind == "merged":
-        said, (likenesses, measured) = _merged(order, channel, processor)
+        said, likenesses, measured = _merged(order, channel, processor)
     else:
-        said, likenesses, measured = _as_it_is(order, channel, processor), None, {}
+        said, likenesses, measured = _as_it_is(order, channel, processor), None, NOTHING
     return Made(
         quantization=None if order.kind != "adapter" else _quantization(order),
         answer=said,
         input_ids=plain.question(processor)["input_ids"][0].tolist(),
         compared=likenesses,
-        metrics=measured,
+        **measured,
     )
 
 
@@ -86,7 +90,7 @@ def _as_it_is(order: Order, channel: Channel, processor: ProcessorMixin) -> Step
 
 def _merged(
     order: Order, channel: Channel, processor: ProcessorMixin
-) -> tuple[Steps, tuple[Compared | None, dict[str, Any]]]:
+) -> tuple[Steps, Compared | None, dict[str, Any]]:
     job = merging.unquantized(order.job, order.dtype)
     rows = _questions(order, processor) if order.compare else None
     channel.send("phase", phase="loading the unquantized base and the adapter")
@@ -105,11 +109,11 @@ def _merged(
     channel.send("phase", phase="loading the merged model")
     again = models.load_base(job, str(order.to))
     if rows is None:
-        return _answer(again, order.to), (None, {})
+        return _answer(again, order.to), None, NOTHING
     after = Listener(before.heard)
     found = _heard(job, again, processor, rows, after, channel, "asking the merged model")
     same = _compare(order, rows, before.heard, after.heard)
-    return _answer(again, order.to), (same, _metrics(order, rows, found))
+    return _answer(again, order.to), same, _beside_the_run(order, rows, found)
 
 
 def _questions(order: Order, processor: ProcessorMixin) -> Rows:
@@ -161,32 +165,38 @@ def _disagreement(rows: Rows, found: Sequence[Likeness], tolerance: float, dtype
     odd = [(number, one) for number, one in enumerate(found) if not one.within]
     number, worst = max(odd, key=lambda one: one[1].apart)
     row = rows.dataset[number]
+    where = f"{row['row']} ({row['question']!r}), token {worst.at + 1}"
     return (
-        f"export: the merged model is another one than base + adapter: of {len(found)} answers {len(odd)} are "
-        f"off by more than rounding. The worst: {row['row']} ({row['question']!r}), token {worst.at + 1}: a "
-        f"logit differs by {worst.apart:.1e} of the largest, and {dtype} allows {tolerance:.0e}. Nothing was "
-        "written; remedy: export the adapter without --merged, or merge with --dtype float32 if that agrees; "
-        "and report it, with the job: this should not happen"
+        f"export: the merged model is not base + adapter: of {len(found)} answers {len(odd)} are off by "
+        f"more than rounding. The worst: {where}: a logit differs by {worst.apart:.1e} of the largest, "
+        f"and {dtype} allows {tolerance:.0e}. Nothing was written; remedy: export it without --merged, "
+        "or merge with --dtype float32 if that agrees; and report it, with the job: this should not happen"
     )
 
 
-def _metrics(order: Order, rows: Rows, merged: Evaluation) -> dict[str, Any]:
-    """What the run measured on these questions, and what the merged model makes of them."""
-    return {"run": _recorded(order, rows, merged), "merged": merged.metrics}
+def _beside_the_run(order: Order, rows: Rows, merged: Evaluation) -> dict[str, Any]:
+    """What the run itself made of these questions, and what the merged model makes of them."""
+    recorded = _recorded(order, merged)
+    if recorded is None:
+        return {"metrics": {"run": None, "merged": merged.metrics}, "like_run": None}
+    pairs = rows.form == "preference"
+    run = pair_metrics.summarize(recorded, None) if pairs else metrics.summarize(recorded)
+    like = sum(
+        one["prediction"] == other["prediction"] for one, other in zip(recorded, merged.records, strict=True)
+    )
+    return {"metrics": {"run": run, "merged": merged.metrics}, "like_run": like}
 
 
-def _recorded(order: Order, rows: Rows, merged: Evaluation) -> dict[str, Any] | None:
-    """Metrics of the run's own predictions for these questions; None unless it has one for each."""
+def _recorded(order: Order, merged: Evaluation) -> list[dict[str, Any]] | None:
+    """The run's own predictions for these questions; None unless it has one for each."""
     if order.recorded is None:
         return None
-    names = ("row", "question")
-    lines = order.recorded.read_text(encoding="utf-8").splitlines()
-    known = {tuple(record[name] for name in names): record for record in map(json.loads, lines)}
-    wanted = [known.get(tuple(record[name] for name in names)) for record in merged.records]
-    records = [record for record in wanted if record is not None]
-    if len(records) < len(wanted):
-        return None
-    return pair_metrics.summarize(records, None) if rows.form == "preference" else metrics.summarize(records)
+    with disk("read the run's predictions", order.recorded):
+        lines = order.recorded.read_text(encoding="utf-8").splitlines()
+    known = {(record["row"], record["question"]): record for record in map(json.loads, lines)}
+    found = [known.get((record["row"], record["question"])) for record in merged.records]
+    records = [record for record in found if record is not None]
+    return records if len(records) == len(found) else None
 
 
 def _answer(model: torch.nn.Module, folder: Path) -> Steps:

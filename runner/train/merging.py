@@ -3,9 +3,9 @@
 The base is loaded without quantization, so that nothing is merged into rounded weights. Every weight is
 rounded once, to its dtype: PEFT computes what the adapter adds in float32.
 
-Tied embeddings are one parameter under two names, and an adapter may change one of the two. So the head gets a
-copy of its own before the adapter is there, and loses it again if it is still the same after the merge; if it
-is not, the configuration says that they are not tied any more.
+Tied embeddings are one parameter under two names, and an adapter may change one of the two. So the head gets
+a copy of its own before the adapter is there, and loses it again if it is still the same after the merge; if
+it is not, the configuration says that they are not tied any more.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from runner.train.memory import is_out_of_memory
 from runner.train.models import model as models
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Beginnings of values of `init_lora_weights` that change the base when the adapter is made (PEFT 0.21). Over a
-quantized base that is another change than over the unquantized one, so the adapter does not belong to it."""
+"""Beginnings of values of `init_lora_weights` that change the base when the adapter is made (PEFT 0.21). Over
+a quantized base that is another change than over the unquantized one: the adapter does not belong to it."""
 
 
 def unquantized(job: Job, dtype: str) -> Job:
@@ -71,7 +71,7 @@ def check_base_kept(adapted: PeftModel, job: Job) -> None:
                     "lora.init_lora_weights",
                     f"{initial} changed the quantized base when training began, and would change the "
                     "unquantized one otherwise: the adapter belongs to no base that it could be merged into",
-                    "export it without --merged, or train without quantization or with another initialisation",
+                    "export it without --merged; or train without quantization, or initialised otherwise",
                 )
             ]
         )

@@ -8,7 +8,6 @@ nothing of it. `runner.train.export` imports it, too, so that both ask the same.
 """
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +72,7 @@ def main() -> None:
     found["foreign"] = sorted(name for name in sys.modules if name.partition(".")[0] == "runner")
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(found), encoding="utf-8")
-    os.replace(temporary, file)
+    temporary.replace(file)
 
 
 if __name__ == "__main__":
