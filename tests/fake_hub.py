@@ -96,7 +96,8 @@ def fake_hub() -> Iterator[FakeHub]:
             self.end_headers()
             self.wfile.write(data)
 
-        do_POST = do_GET
+        def do_POST(self) -> None:
+            self.do_GET()
 
         def log_message(self, format: str, *args: Any) -> None:
             del format, args

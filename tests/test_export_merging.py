@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from runner.demo import resolve_model
 from runner.errors import DataError, JobError
-from runner.export.likeness import TOLERANCE
+from runner.export.likeness import TOLERANCE, Step, likeness
 from runner.export.order import Made, Order
 from runner.manifest import Job
 from runner.train import merging, plain
@@ -129,6 +129,9 @@ def adapter(folder: Path, base: Any, **config: Any) -> Path:
     """One with values that matter, as PEFT saves it."""
     torch.manual_seed(0)
     adapted = get_peft_model(base, LoraConfig(r=4, init_lora_weights=False, **config))
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            parameter.data += 0.5
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
@@ -147,27 +150,41 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+TEXT, HEAD = ["q_proj"], ["q_proj", "lm_head"]
+
+
 @pytest.mark.parametrize(
-    ("targets", "stays_tied"), [(["q_proj"], True), (["q_proj", "lm_head"], False)], ids=["text", "head"]
+    ("config", "stays_tied", "input_stays"),
+    [
+        ({"target_modules": TEXT}, True, True),
+        ({"target_modules": HEAD}, False, True),
+        ({"target_modules": TEXT, "trainable_token_indices": [5, 20]}, True, False),
+    ],
+    ids=["text", "head", "tokens of both"],
 )
-# PEFT says it of the adapter that is made here; how it is merged is the answer.
-@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+# PEFT says it of the adapter, and asks for what merging does: a head of its own.
+@pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embeddings=True`")
 def test_a_tied_head_is_its_own_only_if_the_adapter_changed_it(
-    tmp_path: Path, tied: Path, targets: list[str], stays_tied: bool
+    tmp_path: Path, tied: Path, config: dict[str, Any], stays_tied: bool, input_stays: bool
 ) -> None:
     base = AutoModelForImageTextToText.from_pretrained(tied, dtype=torch.float32)
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight
-    folder = adapter(tmp_path / "adapter", base, target_modules=targets, exclude_modules=".*vision.*")
+    folder = adapter(tmp_path / "adapter", base, exclude_modules=".*vision.*", **config)
     found = made(order(tmp_path, tmp_path / "to", {}, base=str(tied), trained=folder, recorded=None))
     assert found.compared is not None and found.compared.equal == 6
-    config = json.loads((tmp_path / "to" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is stays_tied
-    assert ("lm_head.weight" in load_file(tmp_path / "to" / "model.safetensors")) is not stays_tied
-    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "to", dtype=torch.float32)
-    embedding = load_file(tied / "model.safetensors")["model.text_model.embed_tokens.weight"]
-    assert torch.equal(again.get_input_embeddings().weight, embedding), "the adapter is not in the input"
-    answer = plain.answer(again.eval(), AutoProcessor.from_pretrained(tmp_path / "to"))
-    assert [one["token"] for one in answer["steps"]] == [one.token for one in found.answer]
+    written = json.loads((tmp_path / "to" / "config.json").read_text())
+    assert written["tie_word_embeddings"] is written["text_config"]["tie_word_embeddings"] is stays_tied
+    weights = load_file(tmp_path / "to" / "model.safetensors")
+    assert ("lm_head.weight" in weights) is not stays_tied
+    name = "model.text_model.embed_tokens.weight"
+    assert torch.equal(weights[name], load_file(tied / "model.safetensors")[name]) is input_stays
+    # What plain PEFT makes of the same adapter over the tied base.
+    base = AutoModelForImageTextToText.from_pretrained(tied, dtype=torch.float32)
+    beside = PeftModel.from_pretrained(base, folder).eval()
+    truth = plain.answer(beside, AutoProcessor.from_pretrained(tied), [one.ids for one in found.answer])
+    steps = tuple(Step.model_validate(one) for one in truth["steps"])
+    same = likeness(found.answer, steps, TOLERANCE["float32"])
+    assert same.equal and same.within and same.apart < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -6,6 +6,7 @@ batches, so that two models differ by nothing but their weights.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -32,9 +33,9 @@ class Listener:
     ) -> list[str]:
         """The answers to a batch of prompts, as texts."""
         inputs = arguments(model, prompts)
-        output = model.generate(
-            **inputs, generation_config=config, return_dict_in_generate=True, output_logits=True
-        )
+        config = copy.copy(config)
+        config.return_dict_in_generate = config.output_logits = True
+        output = model.generate(**inputs, generation_config=config)
         answers = output.sequences[:, inputs["input_ids"].shape[1] :]
         ends = set(config.eos_token_id)
         for row, tokens in enumerate(answers.tolist()):

@@ -5,7 +5,8 @@ rounded once, to its dtype: PEFT computes what the adapter adds in float32.
 
 Tied embeddings are one parameter under two names, and an adapter may change one of the two. So the head gets
 a copy of its own before the adapter is there, and loses it again if it is still the same after the merge; if
-it is not, the configuration says that they are not tied any more.
+it is not, the configuration says that they are not tied any more. Until the merge it says that they are: what
+PEFT trains of tied embeddings it puts into both.
 """
 
 from __future__ import annotations
@@ -97,6 +98,10 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
     Raises:
         DataError: PEFT cannot merge this kind of adapter.
     """
+    base = adapted.get_base_model()
+    tied = _heads(base) is not None
+    if tied:
+        _say_tied(base, False)
     try:
         model: PreTrainedModel = adapted.merge_and_unload()
     except (NotImplementedError, ValueError, RuntimeError, TypeError) as error:
@@ -105,7 +110,10 @@ def merged(adapted: PeftModel) -> PreTrainedModel:
         raise DataError(
             f"merge the adapter: PEFT cannot: {error}; remedy: export it without --merged"
         ) from error
-    _one_head(model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if tied and torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+        _say_tied(model, True)
     return model
 
 
@@ -149,12 +157,6 @@ def _own_head(model: PreTrainedModel) -> None:
         )
 
 
-def _one_head(model: PreTrainedModel) -> None:
-    if (ends := _heads(model)) is None:
-        return
-    embedding, head = ends
-    if torch.equal(embedding.weight, head.weight):
-        head.weight = embedding.weight
-    else:
-        model.config.tie_word_embeddings = False
-        model.config.get_text_config().tie_word_embeddings = False
+def _say_tied(model: PreTrainedModel, tied: bool) -> None:
+    model.config.tie_word_embeddings = tied
+    model.config.get_text_config().tie_word_embeddings = tied
