@@ -22,6 +22,7 @@ from runner.again import again
 from runner.cluster.verbs import VERBS as CLUSTER
 from runner.command import Group, ReaderLeft, Verb, complain, listed, program, run, say
 from runner.errors import JobError, RunnerError, UsageError
+from runner.export.verb import EXPORT
 from runner.health import HEALTH
 from runner.job.secrets import without_secrets
 from runner.job_words import SOURCES, job_arguments, split
@@ -295,6 +296,7 @@ VERBS: dict[str, Verb | Group] = {
         _evaluate,
     ),
     "report": REPORT,
+    "export": EXPORT,
     "render": RENDER,
     "checkpoints": Group(
         "List, verify, pull and clear what a run has committed.",

@@ -68,6 +68,9 @@ class Reference:
         return self._by_texts.get(tuple(asked[name] for name in _ASKED), {})
 
 
+Answer = Callable[[torch.nn.Module, ProcessorMixin, Batch, GenerationConfig], list[str]]
+"""A model, its processor, prompts and how to generate -> the answers."""
+
 _ASKED = ("row", "question", "chosen", "rejected")
 """What tells a pair from others."""
 
@@ -81,6 +84,7 @@ def evaluate(
     reference: Reference | None = None,
     on_progress: Callable[[int, int], None],
     should_stop: Callable[[], bool],
+    answer: Answer | None = None,
 ) -> Evaluation | None:
     """Generate an answer for every row and judge it; of a pair, score both answers, too.
 
@@ -92,6 +96,7 @@ def evaluate(
         reference: of pairs; without one there are no rewards.
         on_progress: told rows done and rows in all, after every batch.
         should_stop: asked before every batch.
+        answer: generates in place of this module's own, as `runner.train.listening` does.
 
     Returns:
         Metrics and records; None if `should_stop` said so.
@@ -108,7 +113,7 @@ def evaluate(
         for examples, prompts, answers in _loader(rows, mine, collator, spec.batch_size, model.device):
             if from_first(should_stop()):
                 return None
-            predictions = _generate(model, processor, prompts, config)
+            predictions = (answer or _generate)(model, processor, prompts, config)
             if answers is None:
                 found += [_record(row, said) for row, said in zip(examples, predictions, strict=True)]
             else:
@@ -195,16 +200,25 @@ def _generate(
     model: torch.nn.Module, processor: ProcessorMixin, batch: Mapping[str, Any], config: GenerationConfig
 ) -> list[str]:
     """The answers to a batch of prompts, without special tokens and the space around."""
-    inputs = {
-        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-        if name not in NOT_THE_MODELS
-    }
+    inputs = arguments(model, batch)
     # transformers (5.23) sees it only of models that it has sharded itself: a rank whose answers are shorter
     # would leave the others waiting.
     more = {"synced_gpus": True} if isinstance(model, FSDPModule) else {}
     output = model.generate(**inputs, generation_config=config, **more)
-    answers = output[:, inputs["input_ids"].shape[1] :]
+    return as_texts(processor, output[:, inputs["input_ids"].shape[1] :])
+
+
+def arguments(model: torch.nn.Module, batch: Mapping[str, Any]) -> Batch:
+    """What a model's forward takes of a batch, on its device."""
+    return {
+        name: value.to(model.device) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+        if name not in NOT_THE_MODELS
+    }
+
+
+def as_texts(processor: ProcessorMixin, answers: torch.Tensor) -> list[str]:
+    """Generated tokens, (B, T), as texts without special tokens and the space around."""
     return [text.strip() for text in processor.batch_decode(answers, skip_special_tokens=True)]
 
 
