@@ -86,7 +86,7 @@ def _act(arguments: argparse.Namespace) -> int:
     from runner.export.build import Wanted, build, refuse_occupied
     from runner.export.source import find
     from runner.supervisor.notices import Notices
-    from runner.supervisor.progress import Screen
+    from runner.supervisor.screen import Screen
 
     to = arguments.to.expanduser().absolute()
     refuse_occupied(to)
