@@ -183,7 +183,7 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    train(folder, OVERFITS)
+    (folder / "printed").write_text(train(folder, OVERFITS))
     return folder / "runs" / "overfits"
 
 
@@ -196,6 +196,10 @@ def test_it_stops_early_and_exports_the_best(undisturbed: Path, tmp_path: Path) 
     assert result["best"] == {"step": 2 * best + 2, "metric": "loss", "value": min(losses)}
     assert result["steps"] == 2 * best + 6 < 40
     assert result["metrics"]["after"].items() <= seen[best]["metrics"].items()
+
+    printed = (undisturbed.parents[1] / "printed").read_text()
+    assert "every 2 steps; the best by loss is exported, and 2 without a better one end training" in printed
+    assert f"training ended early; kept: step {result['best']['step']}, the best by loss (" in printed
 
     plain = merged(OVERFITS, {"training": {"max_steps": result["best"]["step"]}})
     train(tmp_path, {**plain, "evaluation": {"max_new_tokens": 2, "baseline": False}})

@@ -24,8 +24,19 @@ def verdict(ended: Result, trained: Path) -> list[str]:
     attempts = f"{ended.attempts} attempt{'' if ended.attempts == 1 else 's'}"
     return [
         *change_lines(ended.metrics["before"], ended.metrics["after"]),
+        *_chosen(ended),
         f"done: {ended.steps} steps in {duration(ended.seconds)}, {attempts}; {near(trained)}",
     ]
+
+
+def _chosen(ended: Result) -> list[str]:
+    """Which step it is that the metrics are of, where it was chosen."""
+    best = ended.best
+    if best is None:
+        return []
+    early = "training ended early; " if ended.stopped_early else ""
+    by = f"{best['metric'].replace('_', ' ')} ({best['value']:.4g})"
+    return [f"{early}kept: step {best['step']}, the best by {by}"]
 
 
 def next_lines(run: Path, program: str) -> list[str]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from runner.checkpoint.place import run_place
 from runner.job.yaml_source import show_path
-from runner.manifest import Job, Source
+from runner.manifest import Evaluation, Job, Source
 from runner.settings import Resolved, leaves
 from runner.supervisor.progress import near
 from runner.supervisor.world import Machine, Placement
@@ -111,7 +111,19 @@ def _evaluation(job: Job) -> str:
         return "none"
     most = "all rows" if job.evaluation.max_samples is None else f"at most {job.evaluation.max_samples} rows"
     when = "before and after" if job.evaluation.baseline else "after"
-    return f"{_sources(job.datasets.eval)}, {most}, {when}"
+    return f"{_sources(job.datasets.eval)}, {most}, {when}{_during(job.evaluation)}"
+
+
+def _during(spec: Evaluation) -> str:
+    """What is evaluated on the way, and what that decides."""
+    if not spec.during:
+        return ""
+    often = f"{spec.steps} steps" if spec.minutes is None else f"{spec.minutes:g} minutes"
+    metric = spec.metric_for_best_model
+    best = "" if metric is None else f"; the best by {metric.replace('_', ' ')} is exported"
+    patience = spec.early_stopping_patience
+    stops = "" if patience is None else f", and {patience} without a better one end training"
+    return f", and every {often}{best}{stops}"
 
 
 def _machine(machine: Machine, drivers: Path) -> str:
