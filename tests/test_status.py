@@ -16,7 +16,7 @@ from typing import Any, get_args
 import pytest
 
 from runner import cli
-from runner.checkpoint.head import Head, Owner
+from runner.checkpoint.head import Entry, Head, Owner
 from runner.status.standing import State, standing, state_of
 from runner.status.verb import document, text
 from runner.supervisor.now import LOSSES, Now
@@ -220,6 +220,15 @@ def test_work_at_risk_is_what_no_commit_has() -> None:
     assert after(begin, step(1), saved, step(2), committed).at_risk == 2
     assert after(begin, step(1), {"event": "commit", "id": "leftover"}).at_risk == 2
     assert after(begin, step(1), saved, step(2), {"event": "attempt", "step": 1}).at_risk == 0
+
+
+def test_a_commits_own_write_of_head_tells_of_no_work_that_it_committed() -> None:
+    """The record in it is of the moment before."""
+    now = after(step(1), step(2), {"event": "checkpoint", "id": "a"}, step(3))
+    record = {"attempts": 1, "now": {**now.model_dump(), "epoch": 2, "phase": "wait"}}
+    entry = Entry(id="a", step=2, key="manifests/a.json", manifest_sha256="0" * 64)
+    assert standing(head("held", record, retained=(entry,)), 1, 1, []).at_risk == 2
+    assert standing(head("held", record), 1, None, []).at_risk == 6
 
 
 def test_losses_are_few_finite_and_of_the_steps_that_count() -> None:

@@ -265,6 +265,30 @@ def test_no_kubectl_and_no_kubeconfig(job: str, tmp_path: Path, capsys: pytest.C
     assert code == 64 and "there is no kubectl on PATH" in err
 
 
+@pytest.mark.parametrize(
+    ("found", "instead", "says"),
+    [
+        ('"contexts": [', '"contexts": [[', "kubectl config view shows it"),
+        ("certificate-authority-data", "ignored", "certificate-authority of the context's cluster"),
+    ],
+)
+def test_a_kubeconfig_that_is_wrong_is_no_silent_cluster(
+    cluster: FakeCluster,
+    job: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    found: str,
+    instead: str,
+    says: str,
+) -> None:
+    """No waiting would mend it."""
+    file = tmp_path / "kubeconfig"
+    file.write_text(file.read_text().replace(found, instead))
+    code, out, err = run(capsys, "submit", job)
+    assert (code, out) == (64, "") and says in err and err.count("remedy: ") == 1
+    assert cluster.objects == {}
+
+
 WHOLE = ["GET jobs", "POST pods dry", "POST configmaps dry", "POST services dry", "POST jobs dry"]
 WHOLE += ["POST jobs", "POST configmaps", "POST services"]
 
@@ -320,6 +344,8 @@ def test_what_cannot_be_taken_back_is_named(
     code, _, err = run(capsys, "submit", job)
     name = only(cluster)["metadata"]["name"]
     assert code == 74 and f"kubectl delete job {name} --namespace team --context fake" in err
+    begun, _, failed = err.partition("create ConfigMap")
+    assert (begun.count("remedy: "), failed.count("remedy: ")) == (1, 1)
 
 
 def test_no_secret_of_the_environment_is_sent(cluster: FakeCluster, job: str) -> None:

@@ -81,7 +81,7 @@ def _unmake(kubectl: Kubectl, name: str, warn: Callable[[str], None]) -> None:
         kubectl.delete("jobs", name)
     except RunnerError as error:
         warn(
-            f"what was begun may be left in the cluster: {error}\n"
+            f"what was begun may be left in the cluster: {str(error).splitlines()[0]}\n"
             f"    remedy: kubectl delete job {name} --namespace {kubectl.where.namespace} "
             f"--context {kubectl.where.context} --ignore-not-found; the rest goes with it"
         )

@@ -50,6 +50,8 @@ def refusal(what: str, stderr: str) -> RunnerError:
     any other                                                       74: it may pass
     none                         getting credentials                77
     none                         context "a" does not exist         64
+    none                         error loading config file "a"      64
+    none                         x509: ... unknown authority        64: the kubeconfig is of another server
     none                         any other: no connection           74
 
     Args:
@@ -87,6 +89,10 @@ def _unanswered(what: str, message: str) -> RunnerError:
         return _usage(said, "kubectl config get-contexts lists what this machine has")
     if "current-context must exist" in message or "invalid configuration" in message:
         return _usage(said, "name a context: kubectl config use-context NAME, or --context NAME")
+    if "error loading config file" in message:
+        return _usage(said, "mend the kubeconfig; kubectl config view shows it")
+    if "failed to verify certificate" in message:
+        return _usage(said, "renew the certificate-authority of the context's cluster in the kubeconfig")
     if "getting credentials" in message or "exec plugin" in message:
         return AccessDenied(f"{said}\n    remedy: install and log in with what the kubeconfig names")
     return StorageError(

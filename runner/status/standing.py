@@ -137,6 +137,9 @@ def standing(
     record = _record(head)
     state = state_of(head, age, record)
     now, newest = (None if record is None else record.now), head.newest
+    if now is not None and newest is not None:
+        # The write of `HEAD` that commits it carries a record of the moment before.
+        now = now.after({"event": "commit", "id": newest.id})
     known = now is not None and now.steps is not None
     last = {} if record is None or record.last is None or state == "starting" else record.last
     alive = state in ("starting", "running", "waiting", "ending")

@@ -177,7 +177,10 @@ class Container:
         ]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
-                [*command, os.environ["IMAGE_UNDER_TEST"], *words], stdout=output, stderr=subprocess.STDOUT
+                [*command, os.environ["IMAGE_UNDER_TEST"], *words],
+                cwd=self.log.parent,  # podman's conmon leaves a file there when memory runs out
+                stdout=output,
+                stderr=subprocess.STDOUT,
             )
 
     def train(self, *overrides: str, options: tuple[str, ...] = ()) -> None:
