@@ -90,9 +90,9 @@ class Screen:
             markup=False,
             emoji=False,
             soft_wrap=True,
-            force_terminal=tty,  # whatever FORCE_COLOR says: a bar in a file is no bar
         )
-        self._bars = tty and not self._console.is_dumb_terminal
+        # Rich alone would draw into a file where FORCE_COLOR is set.
+        self._bars = tty and self._console.is_terminal and not self._console.is_dumb_terminal
         self._quiet = quiet
         self._clock = clock
         self._bar: Progress | None = None
