@@ -21,18 +21,21 @@ from runner.supervisor.screen import Screen
 
 
 @pytest.mark.parametrize(
-    ("max_loss", "save", "commit", "interval"),
+    ("max_loss", "save", "commit", "step", "interval"),
     [
-        (3600, 1, 1, 120),  # sqrt(2 x 1 x 7200)
-        (3600, 0.01, 1, 12),
-        (120, 1, 5, 114),  # what is at risk when the commit arrives: 114 + 1 + 5
-        (60, None, None, 44),  # 1 s and a quarter of max_loss until they are measured
-        (10, 4, 8, 4),  # cannot be kept: half of the time trains
-        (600, 100, 20, 480),
+        (3600, 1, 1, None, 120),  # sqrt(2 x 1 x 7200)
+        (3600, 0.01, 1, 30, 12),
+        (120, 1, 5, None, 114),  # what is at risk when the commit arrives: 114 + 1 + 5
+        (120, 1, 5, 20, 94),  # and the step at whose end the save comes
+        (60, None, None, None, 44),  # 1 s and a quarter of max_loss until they are measured
+        (10, 4, 8, None, 4),  # cannot be kept: half of the time trains
+        (600, 100, 20, None, 480),
     ],
 )
-def test_interval(max_loss: float, save: float | None, commit: float | None, interval: float) -> None:
-    assert save_interval(max_loss, save, commit) == pytest.approx(interval)
+def test_interval(
+    max_loss: float, save: float | None, commit: float | None, step: float | None, interval: float
+) -> None:
+    assert save_interval(max_loss, save, commit, step) == pytest.approx(interval)
 
 
 class World:
@@ -96,6 +99,15 @@ def test_what_is_at_risk_is_training_since_the_save_of_what_is_committed(world: 
     assert world.pace.at_risk == 30
     world.director.begin(world.path)  # another attempt, from what is committed
     assert world.pace.at_risk == 0
+
+
+def test_long_steps_are_saved_before_training_has_to_wait(world: World) -> None:
+    world.saved("a", 1.0)
+    world.committed("a", 2.0)
+    world.pace.note({"event": "step", "seconds": 30.0})
+    assert world.pace.save_seconds == 67.0
+    world.pace.note({"event": "step", "seconds": 10.0})
+    assert world.pace.save_seconds == 73.0
 
 
 def test_a_save_that_was_replaced_counts_no_more(world: World) -> None:

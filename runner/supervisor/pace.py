@@ -23,21 +23,24 @@ UNMEASURED_COMMIT = 0.25
 """Of `max_loss`."""
 
 
-def save_interval(max_loss: float, save: float | None, commit: float | None) -> float:
+def save_interval(
+    max_loss: float, save: float | None, commit: float | None, step: float | None = None
+) -> float:
     """Seconds of training between two saves.
 
     The interval that loses the least to saving and to repeating is sqrt(2 x save x MTBF) (Young, A first
     order approximation to the optimum checkpoint interval, CACM 17, 1974). It is cut so that what is at risk
-    when the next commit arrives, interval + save + commit, stays below `max_loss`; never below the save
-    itself, because half of the time should train.
+    when the next commit arrives, interval + the rest of a step + save + commit, stays below `max_loss`; never
+    below the save itself, because half of the time should train.
 
     Args:
         save: seconds that training stands still for one save; None: not measured yet.
         commit: seconds from there until the store has it; None: not measured yet.
+        step: seconds of an optimizer step, at whose end a save comes; None: not measured yet.
     """
     save = UNMEASURED_SAVE if save is None else save
     commit = UNMEASURED_COMMIT * max_loss if commit is None else commit
-    return max(min(math.sqrt(2 * save * MTBF), max_loss - save - commit), save, 0.05)
+    return max(min(math.sqrt(2 * save * MTBF), max_loss - save - commit - (step or 0.0)), save, 0.05)
 
 
 class Pace:
@@ -52,6 +55,7 @@ class Pace:
         self._clock = clock
         self._save: float | None = None
         self._commit: float | None = None
+        self._step: float | None = None
         self._trained = 0.0
         self._since: float | None = None
         """When the trainer last went to work; None while it does not train."""
@@ -71,6 +75,8 @@ class Pace:
             case "phase":
                 self._trained = self._now()
                 self._since = self._clock() if event["phase"] in ("train", "save") else None
+            case "step":
+                self._step = _smoothed(self._step, float(event["seconds"]))
             case "checkpoint":
                 self._saved[event["id"]] = self._now()
                 seconds = event.get("seconds")
@@ -97,7 +103,7 @@ class Pace:
     @property
     def save_seconds(self) -> float:
         """The interval to save at."""
-        return save_interval(self._max_loss, self._save, self._commit)
+        return save_interval(self._max_loss, self._save, self._commit, self._step)
 
     @property
     def last_save(self) -> float:
