@@ -104,6 +104,8 @@ LONGEST = (
     "iam",
     "ladder",
     "protocol_model",
+    "export",
+    "export_merging",
 )
 """Files that take ten seconds and more, longest first: what begins last should be short."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from tests.attempts import charts
 from tests.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.machines import Command
 from tests.runs_in_store import Clock, Run
+from tests.test_disk import mounted
 
 ROOT = Path(__file__).parents[1]
 BASE, COMMIT = "HuggingFaceTB/SmolVLM-Instruct", "c" * 40
@@ -149,15 +151,14 @@ def test_an_adapter_by_the_public_command_and_to_the_hub(place: Path, hub: FakeH
         assert getattr(job, section) == getattr(trained, section)
 
     # The lines of docs/export.md are those of this card, and they load it.
-    lines = python_of(card.text).replace(f' revision="{COMMIT}",', "")
-    assert lines in (ROOT / "docs" / "export.md").read_text()
+    lines = python_of(card.text).replace("me/my-adapter", "my-adapter")
+    written = python_of((ROOT / "docs" / "export.md").read_text())  # in lines that fit its page
+    assert ast.unparse(ast.parse(written)) == ast.unparse(
+        ast.parse(lines.replace(f' revision="{COMMIT}",', ""))
+    )
     assert len(lines.splitlines()) == 6
     told = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            python_of(card.text) + "print(type(model).__name__, type(processor).__name__)",
-        ],
+        [sys.executable, "-c", f"{lines}print(type(model).__name__, type(processor).__name__)"],
         cwd=place,
         capture_output=True,
         text=True,
@@ -252,6 +253,18 @@ def test_a_base_that_is_gone_or_another_one_is_named(
     assert not (quick / "new").exists()
 
 
+def test_a_disk_without_room_is_named_before_anything_is_computed(
+    quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(tmp_path / "disk") as disk:
+        disk.fill(leave=1 << 20)
+        assert cli.main(["export", "runs/mine", "--merged", "--to", str(disk.path / "new")]) == 74
+        said = capsys.readouterr()
+        assert re.search(rf"needs [67]\.\d MiB, and {disk.path} has \S+ MiB free; .*remedy: free", said.err)
+        assert "loading" not in said.out
+        assert [file.name for file in disk.path.iterdir()] == ["ballast"]
+
+
 class Named:
     """What the command line would have."""
 
@@ -265,9 +278,7 @@ class Named:
         del close  # folders have nothing to close
 
 
-def test_where_a_run_is_found(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_a_run_is_found(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = place / "runs" / "mine"
     weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
 

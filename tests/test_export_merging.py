@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from runner.demo import resolve_model
-from runner.errors import DataError, JobError
+from runner.errors import DataError, JobError, StorageError
 from runner.export.likeness import TOLERANCE, Step, likeness
 from runner.export.order import Made, Order
 from runner.manifest import Job
@@ -24,6 +24,7 @@ from runner.train import merging, plain
 from runner.train.channel import Channel
 from runner.train.export import export
 from tests.attempts import JOB, charts, merged, pairs, run
+from tests.test_disk import mounted
 
 BASE = resolve_model("demo:smolvlm-tiny")
 FOUR_BIT = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
@@ -217,6 +218,26 @@ def test_a_damaged_adapter_is_named(tmp_path: Path, four_bit: Path) -> None:
             one = order(four_bit, tmp_path / f"{name}-{kind}", {}, trained=folder, kind=kind, compare=0)
             with pytest.raises(DataError, match=words):
                 made(one)
+
+
+def test_a_disk_that_fills_up_is_named(tmp_path: Path, four_bit: Path) -> None:
+    with mounted(tmp_path / "disk") as disk:
+        disk.fill(leave=1 << 20)
+        to = disk.path / "to"
+        with pytest.raises(StorageError, match=f"write the merged model: {to}: No space left"):
+            made(order(four_bit, to, {"quantization": FOUR_BIT}, compare=0))
+
+
+def test_a_model_that_was_trained_whole_is_exported_as_it_is(tmp_path: Path) -> None:
+    changes = {"lora": None, "training": {"max_steps": 1}, "evaluation": {"max_new_tokens": 1}}
+    folder = trained(tmp_path / "run", changes)
+    one = order(folder, tmp_path / "to", changes, kind="model", trained=folder / "model", compare=0)
+    found = made(one)
+    assert found.quantization is None and found.compared is None and found.answer
+    assert (tmp_path / "to" / "model.safetensors").read_bytes() == (
+        folder / "model" / "model.safetensors"
+    ).read_bytes()
+    assert (tmp_path / "to" / "processor_config.json").is_file()
 
 
 def test_an_adapter_that_moved_its_quantized_base_is_not_merged(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def _describe(card: Card, folder: Path) -> None:
                 "kind": card.kind,
                 "dtype": card.dtype,
                 "step": card.trained.step,
-                "done": card.trained.result is not None,
+                "end": card.trained.result is not None,
                 "compared": None if compared is None else compared.model_dump(mode="json"),
                 "metrics": card.made.metrics,
                 "like_run": card.made.like_run,

@@ -134,7 +134,7 @@ def _training(trained: Trained) -> list[str]:
     table = [f"| {name} | {_cell(value)} |" for name, value in rows if value is not None]
     parts = ["## Training", "\n".join(["| | |", "|---|---|", *table])]
     if ended is None:
-        parts.append(f"The run was not done: this is its checkpoint of step {trained.step}.")
+        parts.append(f"This is a checkpoint of the run, at step {trained.step}, not what it ended with.")
     else:
         versions = ", ".join(f"{name} {version}" for name, version in ended.versions.items())
         parts.append(f"Versions: {versions}.")

@@ -52,25 +52,25 @@ def push(folder: Path, repo: str, public: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    with _failures(repo, folder):
+    with _failures(repo, folder, public):
         api = HfApi()
         made = api.create_repo(repo, private=not public, exist_ok=True)
         if not public and api.repo_info(repo).private is False:
             raise UsageError(
                 f"push to {repo}: it is there already, and everybody sees it; {folder} was written and stays "
-                f"here\n    remedy: if they shall see this, too: {upload(repo, folder)}"
+                f"here\n    remedy: if they shall see this, too: {upload(repo, folder, public=True)}"
             )
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Upload of vlm-runner export")
     return str(made)
 
 
-def upload(repo: str, folder: Path) -> str:
+def upload(repo: str, folder: Path, public: bool) -> str:
     """huggingface_hub's own command for the same."""
-    return f"hf upload {repo} {folder} . --private"
+    return f"hf upload {repo} {folder} .{'' if public else ' --private'}"
 
 
 @contextlib.contextmanager
-def _failures(repo: str, folder: Path | None) -> Iterator[None]:
+def _failures(repo: str, folder: Path | None, public: bool = False) -> Iterator[None]:
     """Map what huggingface_hub raises.
 
     Args:
@@ -87,7 +87,7 @@ def _failures(repo: str, folder: Path | None) -> Iterator[None]:
 
     again = ""
     if folder is not None:
-        again = f"; {folder} is whole and stays, for another try: {upload(repo, folder)}"
+        again = f"; {folder} is whole and stays, for another try: {upload(repo, folder, public)}"
     what = f"push to {repo}"
     try:
         yield
