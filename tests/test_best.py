@@ -206,6 +206,28 @@ def test_it_stops_early_and_exports_the_best(undisturbed: Path, tmp_path: Path) 
     assert digest(tmp_path / "runs" / "overfits" / ADAPTER) == digest(undisturbed / ADAPTER)
 
 
+def test_an_export_names_the_step_that_was_kept(undisturbed: Path, tmp_path: Path) -> None:
+    store, last, best = (
+        undisturbed.parents[1] / "store",
+        told(undisturbed)["steps"],
+        told(undisturbed)["best"],
+    )
+
+    def exported(source: Path, *words: str) -> tuple[int, str]:
+        to = tmp_path / "-".join([source.parent.name, *words])
+        command = [sys.executable, "-m", "runner", "export", str(source), "--to", str(to), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        step: int = json.loads((to / "export.json").read_text())["step"]
+        return step, digest(to / "adapter_model.safetensors")
+
+    kept = (best["step"], digest(undisturbed / ADAPTER))
+    assert exported(undisturbed) == kept
+    assert exported(store / "overfits") == kept
+    step, other = exported(store / "overfits", "--step", str(last))
+    assert step == last and other != kept[1]
+
+
 def test_killed_around_the_best_and_moved_it_exports_the_same(undisturbed: Path, tmp_path: Path) -> None:
     best = told(undisturbed)["best"]["step"]
     points = {
@@ -214,7 +236,6 @@ def test_killed_around_the_best_and_moved_it_exports_the_same(undisturbed: Path,
         "when it was told, and before the next save": "runner.train.watch:Watch.write:2:self",
         "in the loss of a later step": "runner.train.trainer:RunTrainer.prediction_step:2:tree",
         "when its values go back into the model": "runner.train.trainer:put:1:self",
-        "in the evaluation after training": "runner.train.run:_write_steps:1:self",
     }
     environment = {
         "PYTHONPATH": str(Path(__file__).with_name("killpoint")),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def _named(arguments: argparse.Namespace) -> tuple[RunFolder | None, Checkpoints
 def _ended_here(folder: RunFolder, step: int | None) -> Trained | None:
     """What a done run left in its folder; None if it is not done, or another step is wanted."""
     ended, stored = result.read(folder.result), identity.read(folder.identity)
-    if ended is None or stored is None or ended.outcome != "done" or step not in (None, ended.steps):
+    if ended is None or stored is None or ended.outcome != "done" or step not in (None, ended.exported_step):
         return None
     return _ended(folder.path, stored, ended)
 
@@ -132,7 +133,7 @@ def _ended(folder: Path, stored: Identity, ended: Result) -> Trained | None:
                 whole=name == "model",
                 job=_job(stored, str(folder)),
                 identity=stored,
-                step=ended.steps,
+                step=ended.exported_step,
                 result=ended,
                 recorded=recorded if recorded.is_file() else None,
             )
@@ -155,11 +156,15 @@ def _from_store(arguments: argparse.Namespace, work: Path) -> Trained:
         complain(f"warning: {line}")
 
     done = pull(store, place.open(store.place), wish, to, warn)
+    ended = result.read(to / "result.json") if at_end else None
+    if ended is not None and step not in (None, ended.exported_step):
+        # What the run ended with is the best step's, and the last is what somebody asked for.
+        shutil.rmtree(to)
+        done, at_end = pull(store, place.open(store.place), Wish(step=step), to, warn), False
     if not at_end:
         if final is None and step is None:
             warn(f"{store.place} is not done: exporting its newest checkpoint, step {done.entry.step}")
         return Trained(to, False, _job(stored, store.place), stored, done.entry.step, None, None)
-    ended = result.read(to / "result.json")
     trained = None if ended is None else _ended(to, stored, ended)
     if trained is None:
         raise DataError(f"export: the end of the run in {store.place} holds neither adapter nor model")

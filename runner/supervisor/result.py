@@ -61,6 +61,11 @@ class Result(BaseModel):
     facts: dict[str, Any]
     seconds: float
 
+    @property
+    def exported_step(self) -> int:
+        """The step whose parameters are in `adapter`: the best one's, or the last."""
+        return self.steps if self.best is None else int(self.best["step"])
+
 
 class Record(BaseModel):
     """What the events of a run add up to, on all machines that it was on: `record` in `HEAD`."""
