@@ -3,7 +3,7 @@
 There PyTorch multiplies bfloat16 one number after the other, ninety times slower than float32 (AVX2, torch
 2.13). Here matrix products, fused attention and convolutions are computed in float32, a block at a time: what
 comes in and goes out is bfloat16 as before, so that a model keeps the same for its backward pass; on top come
-some 10 MiB for the block at work. For benches of memory, never of time. Not part of the runner.
+10 to 30 MiB for the block at work. For benches of memory, never of time. Not part of the runner.
 
 Called by measured_trainer.py where RUNNER_BENCH_BLOCKS is set.
 """
