@@ -1,11 +1,13 @@
 """The memory model against reality: what `runner.memory` predicts, and what a trainer took on a CPU.
 
 Every job is a trainer process of its own, one after the other: two steps, because the optimizer's state is
-there from the second on. The models are those of bench/memory_models.py; the facts are found as `runner plan`
-finds them. Measured is the peak of the resident memory of the process (VmHWM) up to the last step, Python and
-the libraries included; without them it is the peak less what the process had before it loaded the model.
-`--write` keeps the measurements in tests/data/memory-measurements.jsonl and puts the table into
-docs/memory-model.md. Qwen2-VL's processor needs torchvision, as in `make test`.
+there from the second on. The models are those of bench/memory_models.py, and the demos with a few steps and
+without their evaluation; the facts are found as `runner plan` finds them. Measured is the peak of resident
+memory of the process (VmHWM) up to the last step, Python and the libraries included; without them it is the
+peak less what the process had before it loaded the model. `--write` keeps each measurement in
+tests/data/memory-measurements.jsonl, in place of that case's last one, and puts the table into
+docs/memory-model.md. Qwen2-VL's processor needs torchvision, as in `make test`. A CPU that has no products in
+bfloat16 makes them as bench/bfloat16_blocks.py does.
 
 Run as `make bench` or `python bench/memory_model.py [--write] [CASE ...]`.
 """
@@ -26,15 +28,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+os.environ["RUNNER_BENCH_BLOCKS"] = "1"
 
 from attempt import build_rows, trainer
 from memory import merged
 from memory_models import build
 
+from runner import demo
 from runner.facts import DataFacts, ModelFacts
 from runner.manifest import Job
 from runner.memory import Estimate, Subject, estimate
 from runner.plan import Fetched, geometry
+from runner.settings import resolve
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "memory-model.md"
@@ -86,6 +91,10 @@ CASES: dict[str, tuple[str, list[Changes]]] = {
     "qwen lora, 4 rows, stored": ("qwen2_vl", [FOUR_ROWS, STORED]),
 }
 
+DEMOS = ("demo-sft", "demo-dpo")
+"""Files of jobs/, measured as they are but for this."""
+SHORT = ["training.max_steps=4", "evaluation=null", "datasets.eval=[]", "checkpoints.max_loss=1h"]
+
 
 def job_of(changes: list[Changes], family: str) -> Job:
     """A case's job."""
@@ -132,14 +141,22 @@ def facts(folder: Path, job: Job, model: Path, data: Path) -> tuple[dict[str, An
     return found.model.model_dump(), found.data.model_dump()
 
 
-def measure(name: str, folder: Path, models: Path) -> dict[str, Any]:
-    """One case: a record of tests/data/memory-measurements.jsonl."""
+def made(name: str, models: Path) -> tuple[Job, Path, Path]:
+    """A case's job, its model and its rows; `models` is a folder for those that are not there yet."""
+    if name in DEMOS:
+        job = resolve(str(ROOT / "jobs" / f"{name}.yaml"), SHORT, {}).job
+        [source] = job.datasets.train
+        return job, demo.resolve_model(job.model.name_or_path), demo.resolve_dataset(source.path, models)
     family, changes = CASES[name]
-    job = job_of(changes, family)
-    model = models / family
+    job, model = job_of(changes, family), models / family
     if not model.exists():
         build(family, model)
-    data = models / ("pairs.parquet" if job.method == "dpo" else "rows.parquet")
+    return job, model, models / ("pairs.parquet" if job.method == "dpo" else "rows.parquet")
+
+
+def measure(name: str, folder: Path, models: Path) -> dict[str, Any]:
+    """One case: a record of tests/data/memory-measurements.jsonl."""
+    job, model, data = made(name, models)
     folder.mkdir()
     model_facts, data_facts = facts(folder, job, model, data)
     found = trainer(folder / "run", job, model, data)
@@ -148,6 +165,7 @@ def measure(name: str, folder: Path, models: Path) -> dict[str, Any]:
         "origin": "bench/memory_model.py",
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
         "hardware": f"CPU, {os.cpu_count()} cores, {platform.system()} {platform.machine()}",
+        "blocks": found.process["blocks"],
         "versions": found.facts["versions"],
         "job": job.model_dump(mode="json", exclude_unset=True),
         "model": model_facts,
@@ -206,10 +224,18 @@ def page(text: str, records: list[dict[str, Any]]) -> str:
     return "\n".join([before + BEGIN, "", *table(records), "", END + after])
 
 
+def keep(record: dict[str, Any]) -> None:
+    """Put a measurement in place of the case's last one, and all of them into the page."""
+    by_case = {one["case"]: one for one in read()} | {record["case"]: record}
+    records = [by_case[name] for name in (*CASES, *DEMOS) if name in by_case]
+    RECORDS.write_text("".join(json.dumps(one) + "\n" for one in records), "utf-8")
+    PAGE.write_text(page(PAGE.read_text("utf-8"), records), "utf-8")
+
+
 def main() -> None:
     """Measure and print; with --write, keep the records and the table."""
     write = "--write" in sys.argv[1:]
-    names = [name for name in sys.argv[1:] if name != "--write"] or list(CASES)
+    names = [name for name in sys.argv[1:] if name != "--write"] or [*CASES, *DEMOS]
     records = []
     with tempfile.TemporaryDirectory() as folder:
         models = Path(folder) / "models"
@@ -219,10 +245,9 @@ def main() -> None:
         for number, name in enumerate(names):
             records.append(measure(name, Path(folder) / str(number), models))
             print(table(records[-1:])[2], flush=True)
+            if write:
+                keep(records[-1])
     print(*table(records), sep="\n")
-    if write:
-        RECORDS.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
-        PAGE.write_text(page(PAGE.read_text("utf-8"), records), "utf-8")
 
 
 if __name__ == "__main__":

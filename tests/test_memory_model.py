@@ -301,6 +301,20 @@ def test_more_ranks_take_less_of_each() -> None:
     assert lows == sorted(lows, reverse=True) and len(set(lows)) == 4
 
 
+def test_a_tile_of_the_head_is_whole_on_a_gpu_and_as_wide_as_the_vocabulary_on_a_cpu() -> None:
+    """TRL allocates 32,768 columns for a vocabulary of 640, and a CPU gives memory to what is written."""
+    job = job_of(training={"per_device_train_batch_size": 2})
+
+    def head(device: Device, vocabulary: int) -> Term:
+        facts = model(job).model_copy(update={"vocabulary": vocabulary})
+        return term(estimate(Subject(facts, data(), job, geometry(job), "single", device)), "head")
+
+    assert head("cuda", 640) == head("cuda", 49155)
+    tokens, pages, width, hidden = 200, 4096, 640, 2048  # two rows of 100 tokens that are not an image's
+    unfolded = 5 * tokens * width * 4 + width * hidden * 4
+    assert head("cpu", 640).high == tokens * pages + 2 * tokens * hidden * 4 + unfolded
+
+
 def test_a_cpu_holds_the_micro_batches_that_wait() -> None:
     devices: tuple[Device, ...] = ("cpu", "cuda")
     sizes = [

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import pytest
+import yaml
 
 from runner.errors import UsageError
 from runner.memory import GPUS, Subject
 from runner.plan import geometry
-from runner.planning import memory
+from runner.planning import memory, words
 from tests.attempts import merged
 from tests.test_memory_model import data, job_of, model
 
@@ -35,6 +37,24 @@ def test_what_cannot_fit_names_levers_that_are_computed_largest_first() -> None:
     again = section(merged(FULL, {"training": {"per_device_train_batch_size": rows}}), "T4")
     assert again["high"] == smaller["high"]
     assert again["verdict"] == smaller["verdict"]
+
+
+def test_a_lever_is_printed_as_a_shell_takes_it() -> None:
+    """Its keys, typed after the job, make what was estimated; what depends on the processor is named."""
+    sized = merged(FULL, {"model": {"processor": {"size": {"longest_edge": 1536}}}})
+    for changes, images in (
+        (sized, """'model.processor={"size": {"longest_edge": 768}}'"""),
+        (FULL, "model.processor"),
+    ):
+        found = section(merged(changes, {"training": {"gradient_checkpointing": False}}), "T4")
+        printed = [line for line in words._memory(found) if " less, " in line]
+        typed = {line.partition(":")[0]: line.rpartition(" (")[2].removesuffix(")") for line in printed}
+        assert typed["images of half the side"] == images
+        assert typed["gradient checkpointing"] == "training.gradient_checkpointing=true"
+        for lever in found["levers"]:
+            given = dict(one.partition("=")[::2] for one in shlex.split(typed[lever["name"]]))
+            for key, value in lever["keys"].items():
+                assert yaml.safe_load(given[key] or "null") == value
 
 
 def test_what_fits_has_no_levers() -> None:

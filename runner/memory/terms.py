@@ -61,6 +61,9 @@ SMALL = 4096
 TILE_TOKENS, TILE_ROWS = 4096, 32768
 """Of TRL's fused head (1.16, `TOKEN_CHUNK_SIZE`, `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 
+PAGE = 4096
+"""Bytes that Linux gives at once, where huge pages are for those that ask for them (`madvise`)."""
+
 
 def weights(it: Subject) -> Range:
     """The base model; of full dpo twice, because the reference is a second model.
@@ -210,18 +213,24 @@ def head(it: Subject) -> Range:
     """TRL's fused head: logits of the tokens that carry loss, in tiles; none of them is kept for backward.
 
     At least one token a row carries loss, at most all that are not an image's. A tile is in model.dtype, the
-    gradient of the states in float32; where the head trains, its gradient in float32 once more. A CPU, which
-    has no Triton, unfolds a tile into five in float32 and a slice of the head into one.
+    gradient of the states in float32; where the head trains, its gradient in float32 once more. A tile has
+    TILE_ROWS columns whatever the vocabulary (TRL, `mm_buf`): a GPU gives memory to all of them, a CPU to the
+    pages that are written. A CPU, which has no Triton, unfolds what is written of a tile into five in float32
+    and a slice of the head into one.
     """
     hidden, vocabulary = it.model.text.hidden, it.model.vocabulary
     answers = max(1, it.data.tokens.largest - it.data.image_tokens.p50)
     trains = it.part("language_model").trainable > 0
     weight = vocabulary * hidden * (FLOAT32 + (it.c if it.c < FLOAT32 else 0)) if trains else 0
 
+    width = min(vocabulary, TILE_ROWS)
+    line = TILE_ROWS * it.c
+    if it.device == "cpu":
+        line = min(line, -(-width * it.c // PAGE) * PAGE)
+
     def of(tokens: int) -> float:
-        size = min(tokens, TILE_TOKENS) * TILE_ROWS * it.c + 2 * tokens * hidden * FLOAT32
+        size = min(tokens, TILE_TOKENS) * line + 2 * tokens * hidden * FLOAT32
         if it.device == "cpu":
-            width = min(vocabulary, TILE_ROWS)
             size += 5 * min(tokens, TILE_TOKENS) * width * FLOAT32 + width * hidden * FLOAT32
         return size
 

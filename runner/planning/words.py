@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -145,8 +147,15 @@ def _memory(section: Mapping[str, Any] | None) -> Iterator[str]:
     for line in section["unknown"]:
         yield f"not counted: {line}"
     for lever in section["levers"]:
-        keys = ", ".join(f"{key}={value}" for key, value in lever["keys"].items())
+        keys = " ".join(_typed(key, value) for key, value in lever["keys"].items())
         yield f"{lever['name']}: {size(lever['saves'])} less, {lever['verdict']} ({keys})"
+
+
+def _typed(key: str, value: Any) -> str:
+    """A key as a shell takes it; one whose value depends on the processor is only named."""
+    if value is None:
+        return key
+    return shlex.quote(f"{key}={value if isinstance(value, str) else json.dumps(value)}")
 
 
 def _checkpoints(section: Mapping[str, Any]) -> Iterator[str]:
