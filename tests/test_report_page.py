@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright import sync_api
 
 from runner import cli
 from tests import browser, reported
-
-sync_api = pytest.importorskip("playwright.sync_api")
 
 FOUND = browser.executable()
 pytestmark = pytest.mark.skipif(

@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import json
+import re
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -85,6 +86,7 @@ def _environment() -> jinja2.Environment:
     environment.filters |= {
         "bar": _bar,
         "became": lambda one: judge.WORDS[one],
+        "breakable": _breakable,
         "clock": _clock,
         "count": lambda value: "–" if value is None else f"{value:,}",
         "cut": cut,
@@ -108,6 +110,11 @@ def _text(name: str) -> str:
 def _hash(script: str) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"'sha256-{digest}'"
+
+
+def _breakable(key: str) -> Markup:
+    """A dotted key that may be broken after its dots and lines."""
+    return Markup("<wbr>").join(re.split(r"(?<=[._])", key))
 
 
 def _minus(text: str) -> str:
