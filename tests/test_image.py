@@ -89,7 +89,9 @@ def test_the_build_tools_agree_with_the_constraints_where_both_have_one() -> Non
     assert backend == [f"setuptools=={lock('build')['setuptools']}"]
 
 
-@pytest.mark.parametrize(("target", "extras"), [("cpu", ("train", "tracking")), ("gpu", ("train", "tracking", "gpu"))])
+@pytest.mark.parametrize(
+    ("target", "extras"), [("cpu", ("train", "tracking")), ("gpu", ("train", "tracking", "gpu"))]
+)
 def test_a_target_has_all_that_the_project_needs_and_nothing_twice(
     target: str, extras: tuple[str, ...]
 ) -> None:
