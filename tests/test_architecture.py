@@ -27,7 +27,10 @@ DATA = {"PIL", "datasets", "numpy", "pandas", "pyarrow"}
 NETWORK = {"boto3", "botocore", "huggingface_hub"}
 """Clients that a verb loads when it needs them, inside a function."""
 
-HEAVY = TORCH | DATA | NETWORK
+TRACKERS = {"mlflow", "tensorboard", "trackio", "wandb"}
+"""What a tracker's own process loads, and no other."""
+
+HEAVY = TORCH | DATA | NETWORK | TRACKERS
 """What no module that the command line loads may import while it is loaded."""
 
 TORCH_PROGRAMS = {"runner.demo.pretrain", "runner.schema.generate"}

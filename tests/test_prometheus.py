@@ -59,6 +59,18 @@ def test_file_of_a_run_says_how_it_went(bench: Bench) -> None:
     assert phases["train"] == 0
 
 
+def test_a_command_that_goes_on_knows_what_was_evaluated_before(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.prom"
+    file = MetricsFile(path, Job.model_validate(SMALL))
+    file.resume({"before": {"accuracy": {"overall": 0.25, "n": 4}}, "after": None})
+    for metrics in ({"eval_loss": 2.5}, {"accuracy": {"overall": 0.5}}):  # of one step
+        file.note({"event": "evaluation", "when": "during", "step": 5, "metrics": metrics})
+    file.write()
+    found = {tuple(dict(labels).values()): value for (_, labels), value in samples(path.read_text()).items()}
+    assert found["accuracy", "before"] == 0.25
+    assert (found["loss", "during"], found["accuracy", "during"]) == (2.5, 0.5)
+
+
 def test_labels_are_escaped_and_what_is_not_known_has_no_line() -> None:
     model = 'a "model" in C:\\n\nhere'
     state = standing(Job.model_validate(with_value("model.name_or_path", model)))

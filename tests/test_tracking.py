@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from runner.cli import main
 from runner.supervisor import trackers
 from runner.tracking import choice
 from tests.machines import Bench, at
@@ -184,6 +185,18 @@ def test_a_server_that_does_not_answer_changes_nothing(
     assert warning["message"].startswith("tracker mlflow: it did not finish in ")
     for path in (bench.run / "tracking").rglob("*"):
         assert path.is_dir() or b"secret-of-the-server" not in path.read_bytes()
+
+
+def test_validate_warns_of_a_missing_package(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = bench.path / "job.yaml"
+    job.write_text(json.dumps({**bench.job, "training": {"report_to": ["tensorboard", "trackio"]}}))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path != str(TRACKIO)])
+    assert main(["validate", str(job)]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith("valid: bench")
+    assert "warning: training.report_to: trackio is not installed here: pip install" in said.err
 
 
 def test_a_missing_package_is_told_before_anything_is_done(bench: Bench) -> None:

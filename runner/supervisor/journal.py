@@ -77,6 +77,8 @@ class Journal:
                     kept.note(event)
             kept.size = self._log.size
             self.record = kept
+            if self._metrics is not None:
+                self._metrics.resume(kept.metrics)
 
     def begin_attempt(self, number: int) -> None:
         """What is said from now on belongs to this attempt."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from runner.events import Event
 from runner.manifest import Job
@@ -24,6 +25,11 @@ class MetricsFile:
         self._state = standing(job)
         self._changed = False
         self._wrote: float | None = None
+
+    def resume(self, metrics: Mapping[str, Any]) -> None:
+        """Know what earlier commands on the run, here or elsewhere, have evaluated, by `when`."""
+        for when, known in metrics.items():
+            self._state.evaluated(when, known)
 
     def note(self, event: Event) -> None:
         """Take the next event."""

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from runner.events import Event
 from runner.manifest import Job
@@ -61,12 +62,17 @@ class Standing:
             case {"event": "commit", "step": int(step), "time": float(time)}:
                 numbers |= {"vlm_runner_committed_step": step, "vlm_runner_commit_timestamp_seconds": time}
             case {"event": "evaluation", "when": str(when), "metrics": dict(metrics)}:
-                self.evaluations[when] = finite(flat(metrics, ""))
+                self.evaluated(when, metrics)
             case {"event": "start", "time": float(time)}:
                 numbers["vlm_runner_start_timestamp_seconds"] = time
             case {"event": "end", "exit_code": int(code)}:
                 self.phase = "ended"
                 numbers["vlm_runner_exit_code"] = code
+
+    def evaluated(self, when: str, metrics: Mapping[str, Any] | None) -> None:
+        """Take metrics, those of an earlier command too; loss and answers of one step come apart."""
+        if metrics is not None:
+            self.evaluations.setdefault(when, {}).update(finite(flat(metrics, "")))
 
 
 def standing(job: Job) -> Standing:
