@@ -97,6 +97,7 @@ LONGEST = (
     "equality",
     "collection",
     "options",
+    "report_page",
     "custody",
     "checkpoint_verbs",
     "demo",
@@ -104,6 +105,7 @@ LONGEST = (
     "iam",
     "ladder",
     "protocol_model",
+    "report",
 )
 """Files that take ten seconds and more, longest first: what begins last should be short."""
 
