@@ -307,23 +307,30 @@ def test_dpo_is_watched_as_well(tmp_path: Path) -> None:
     assert outcome["metrics"]["after"]["preference_margin"] == best["metrics"]["preference_margin"]
 
 
-def test_asked_to_stop_in_an_evaluation_it_is_made_again(tmp_path: Path) -> None:
+def test_asked_to_stop_in_evaluations_they_are_made_again(tmp_path: Path) -> None:
+    """In the first, and in that of the last step, which ends an epoch as well."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     outcome, _ = run(whole, SHORT)
     assert outcome["outcome"] == "done", outcome["error"]
+    saved = None
+    for attempt, step in ((1, 2), (2, 4)):
+        at = f"{step:08d}"
+        told: list[str] = []
 
-    def stop(event: dict[str, Any]) -> None:
-        if event.get("phase") == "evaluate" and event["event"] == "phase":
-            write(cut / "attempts" / "1", Request("stop"))
+        def stop(event: dict[str, Any], attempt: int = attempt, at: str = at, told: list[str] = told) -> None:
+            if event["event"] == "checkpoint":
+                told.append(event["id"][:8])
+            if event["event"] == "phase" and event["phase"] == "evaluate" and at in told:
+                write(cut / "attempts" / str(attempt), Request("stop"))
 
-    outcome, events = run(cut, merged(SHORT, {"evaluation": {"batch_size": 1}}), on_event=stop)
-    assert (outcome["outcome"], outcome["exit_code"]) == ("preempted", 75), outcome
-    (saved,) = (cut / "outbox").iterdir()
-    assert saved.name.startswith("00000002")
-    assert not (cut / "evaluations.jsonl").exists()
-    outcome, events = run(cut, SHORT, attempt=2, restore=saved)
+        slowly = merged(SHORT, {"evaluation": {"batch_size": 1}})
+        outcome, _ = run(cut, slowly, on_event=stop, attempt=attempt, restore=saved)
+        assert (outcome["outcome"], outcome["exit_code"]) == ("preempted", 75), outcome
+        saved = max((cut / "outbox").iterdir())
+        assert saved.name.startswith(at)
+        assert (cut / "evaluations.jsonl").exists() == (attempt > 1)
+    outcome, events = run(cut, SHORT, attempt=3, restore=saved)
     assert outcome["outcome"] == "done", outcome["error"]
-    named = [event["event"] for event in events]
-    assert named.index("evaluation") < named.index("begin")
+    assert "begin" not in [event["event"] for event in events]
     for name in ("evaluations.jsonl", "steps.jsonl", ADAPTER):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name
