@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from runner.errors import DataError
 from runner.manifest import Evaluation, Job
 from runner.plan import Strategy
 from runner.planning.numbers import evaluations as evaluations_planned
@@ -99,6 +100,37 @@ def test_minutes_count_training_through_an_interruption(tmp_path: Path) -> None:
     assert second.due(9, 12)
     second.take(9, {})
     assert not second.due(10, 12)
+
+
+def test_what_lost_steps_had_told_is_written_over(tmp_path: Path) -> None:
+    first = watch(tmp_path, Clock(), steps=2)
+    first.take(2, {"eval_loss": 1.0})
+    watch(tmp_path, Clock(), steps=2)  # nothing was committed
+    assert (tmp_path / "evaluations.jsonl").read_text() == ""
+    watch(tmp_path / "never", Clock(), steps=2)
+    assert not (tmp_path / "never" / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"seconds": 1, "evaluations": [{"step": true, "metrics": {}, "best": true}]}',
+        '{"seconds": 1, "evaluations": [{"step": 1, "metrics": [], "best": true}]}',
+        '{"seconds": NaN, "evaluations": []}',
+        '{"seconds": 1, "evaluations": [{"step": 2, "metrics": {}, "best": false}, '
+        '{"step": 2, "metrics": {}, "best": false}]}',
+        '{"seconds": 1, "evaluations": [{"step": 1, "metrics": {"x": '
+        f"{'[' * 600}{']' * 600}"
+        '}, "best": true}]}',
+    ],
+)
+def test_evaluations_that_no_run_saved_are_named(content: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "evaluations.json").write_text(content)
+    with pytest.raises(DataError, match=r"checkpoint saved: evaluations\.json is not what a run saves"):
+        watch(tmp_path / "run", Clock(), saved, steps=2)
 
 
 @pytest.mark.parametrize(
