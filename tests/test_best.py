@@ -266,8 +266,8 @@ def test_killed_around_the_best_and_moved_it_exports_the_same(undisturbed: Path,
         # The adapter, the first thing lost if what was best were not kept with the checkpoints.
         "in the evaluation of the best": f"runner.train.evaluation.evaluate:_generate:{best // 2}:self",
         "when it was told, and before the next save": "runner.train.watch:Watch.write:2:self",
-        "in the loss of a later step": "runner.train.trainer:RunTrainer.prediction_step:2:tree",
-        "when its values go back into the model": "runner.train.trainer:put:1:self",
+        "in the loss of a later step": "runner.train.watched:WatchedTrainer.prediction_step:2:tree",
+        "when its values go back into the model": "runner.train.watched:put:1:self",
     }
     environment = {
         "PYTHONPATH": str(Path(__file__).with_name("killpoint")),
@@ -340,9 +340,10 @@ def test_dpo_is_watched_as_well(tmp_path: Path) -> None:
 
 
 def test_asked_to_stop_in_evaluations_they_are_made_again(tmp_path: Path) -> None:
-    """In the first, and in that of the last step, which ends an epoch as well."""
+    """In the answers of the first, and in the loss of the last step's, which ends an epoch as well."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    outcome, _ = run(whole, SHORT)
+    slowly = merged(SHORT, {"evaluation": {"batch_size": 1}, "training": {"per_device_eval_batch_size": 1}})
+    outcome, _ = run(whole, slowly)
     assert outcome["outcome"] == "done", outcome["error"]
     saved = None
     for attempt, step in ((1, 2), (2, 4)):
@@ -352,16 +353,16 @@ def test_asked_to_stop_in_evaluations_they_are_made_again(tmp_path: Path) -> Non
         def stop(event: dict[str, Any], attempt: int = attempt, at: str = at, told: list[str] = told) -> None:
             if event["event"] == "checkpoint":
                 told.append(event["id"][:8])
-            if event["event"] == "phase" and event["phase"] == "evaluate" and at in told:
+            where = "evaluate" if attempt == 1 else "evaluate_loss"
+            if event["event"] in ("phase", "progress") and event["phase"] == where and at in told:
                 write(cut / "attempts" / str(attempt), Request("stop"))
 
-        slowly = merged(SHORT, {"evaluation": {"batch_size": 1}})
         outcome, _ = run(cut, slowly, on_event=stop, attempt=attempt, restore=saved)
         assert (outcome["outcome"], outcome["exit_code"]) == ("preempted", 75), outcome
         saved = max((cut / "outbox").iterdir())
         assert saved.name.startswith(at)
         assert (cut / "evaluations.jsonl").exists() == (attempt > 1)
-    outcome, events = run(cut, SHORT, attempt=3, restore=saved)
+    outcome, events = run(cut, slowly, attempt=3, restore=saved)
     assert outcome["outcome"] == "done", outcome["error"]
     assert "begin" not in [event["event"] for event in events]
     for name in ("evaluations.jsonl", "steps.jsonl", ADAPTER):

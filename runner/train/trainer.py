@@ -19,31 +19,26 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint.files import publish, seal
 from runner.durable import disk
 from runner.errors import DataError, RunnerError
 from runner.plan import Geometry, Plan, batch_record, checkpoint_id
-from runner.train import loading, placement, rng, state
+from runner.train import loading, placement, state
 from runner.train.callbacks import SaveAndStop
 from runner.train.channel import Channel
 from runner.train.data.rows import Rows
 from runner.train.facts import peak_memory
-from runner.train.gathering import Engine, Whole, Zero, put, trainable
-from runner.train.memory import memory_named
+from runner.train.gathering import Engine, Whole, Zero, trainable
 from runner.train.models.architectures import FREEZABLE
 from runner.train.models.model import float32_trainable
 from runner.train.models.shared import SharedImages
 from runner.train.sampler import GlobalBatchSampler
 from runner.train.savings import Savings
 from runner.train.watch import Watch
-from runner.train.world import from_all, world
-
-EVALUATION = ("eval_loss", "eval_mean_token_accuracy", "eval_rewards/accuracies", "eval_rewards/margins")
-"""What an evaluation of the loss tells the supervisor; the rest of upstream's metrics are timings."""
-
+from runner.train.watched import WatchedTrainer
+from runner.train.world import from_all
 
 CALMER = (
     "Remedy: a smaller training.learning_rate, or a smaller training.max_grad_norm; the last checkpoint is "
@@ -51,7 +46,7 @@ CALMER = (
 )
 
 
-class RunTrainer(Trainer):
+class RunTrainer(WatchedTrainer):
     """Goes before a method's own trainer: order, record, save, restore."""
 
     shared: SharedImages | None = None
@@ -94,7 +89,6 @@ class RunTrainer(Trainer):
         self._micro: list[tuple[torch.Tensor, int, int]] = []
         self._step_rows: list[list[int]] = []
         self._micro_rows: list[int] = []
-        self._scored = 0
         self._waited = 0.0
         self._given: torch.optim.Optimizer | None = None
         self._names: list[list[str]] = []
@@ -105,14 +99,6 @@ class RunTrainer(Trainer):
 
     def leave(self) -> None:
         """Training is through: leave to other runs what they need not compute again."""
-
-    def take_best(self) -> None:
-        """Put the best evaluation's parameters into the model, where one is chosen and is not the last step.
-        Collective."""
-        best = self.watch.history.best
-        if best is not None and best.step != self.steps[-1].step:
-            values = state.best(self.watch.best_file, self.model) if world().first else {}
-            put(values, self.model)
 
     def facts(self) -> dict[str, Any]:
         """What the method has to tell of itself, for the outcome."""
@@ -152,13 +138,6 @@ class RunTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def evaluate_last(self) -> None:
-        """Evaluate the last step where that was cut off. Upstream has no epoch left for such a checkpoint, if
-        the step ends one. Collective."""
-        step = self.state.global_step
-        if self.watch.pending(step, self.state.max_steps) and not self.control_callback.stopped:
-            self._evaluate_step(step)
-
     # --- the record of steps ---
 
     def get_batch_samples(
@@ -196,17 +175,6 @@ class RunTrainer(Trainer):
         self._micro.append((loss.detach(), tokens, images))
         return loss
 
-    def prediction_step(
-        self, model: torch.nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        rows = len(inputs.pop("row_index")) * world().size
-        del inputs["image_count"]
-        result = super().prediction_step(model, inputs, *args, **kwargs)
-        total = len(self.eval_dataset)
-        self._scored = min(self._scored + rows, total)
-        self._channel.send("progress", phase="evaluate_loss", done=self._scored, total=total)
-        return result
-
     def _maybe_log_save_evaluate(
         self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any
     ) -> None:
@@ -218,22 +186,6 @@ class RunTrainer(Trainer):
         if stepped and self.control_callback.evaluate and not self.control_callback.stopped:
             self._evaluate_step(done)
         self._began = time.monotonic()
-
-    def _evaluate_step(self, step: int) -> None:
-        """Evaluate a step that is saved, and stop there if that was asked for or nothing gets better any
-        more. Collective."""
-        spec = self._plan.job.evaluation
-        assert spec is not None
-        metrics = self._evaluate_now(step)
-        if metrics is None:
-            self.control_callback.stopped = self.control.should_training_stop = True
-            return
-        if spec.loss:
-            metrics = {**metrics, **_told(self.evaluate())}
-        self.watch.take(step, metrics)
-        self._channel.send("phase", phase="train")
-        if self.watch.ended_early and step < self.state.max_steps:
-            self.control.should_training_stop = True
 
     def _record(self, done: int, grad_norm: Any, learning_rate: float) -> None:
         mine = [float(sum(values)) for values in zip(*self._micro, strict=True)]
@@ -270,17 +222,6 @@ class RunTrainer(Trainer):
             data_seconds=max(waited),  # all wait for the slowest
             memory_bytes=peak_memory(),
         )
-
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Upstream's evaluation of the loss, without drawing from the training generators."""
-        self._scored = 0
-        size = self.args.per_device_eval_batch_size
-        remedy = f"a training.per_device_eval_batch_size below {size}"
-        message = f"evaluation of the loss: out of memory. Remedy: {remedy}"
-        with rng.preserved(), memory_named(RunnerError, message), loading.unwrapped():
-            metrics: dict[str, float] = super().evaluate(*args, **kwargs)
-        self._channel.send("evaluation", when="during", step=self.state.global_step, metrics=_told(metrics))
-        return metrics
 
     # --- the state of the run ---
 
@@ -381,7 +322,3 @@ class RunTrainer(Trainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             state.load_rng(Path(checkpoint), self._plan.job.seed)
-
-
-def _told(metrics: dict[str, float]) -> dict[str, float]:
-    return {name: metrics[name] for name in EVALUATION if name in metrics}
