@@ -11,14 +11,15 @@ import pytest
 
 from runner.errors import UsageError
 from runner.report import beside, compare, judge, marks, metrics, verdict
-from runner.report.curves import curve
+from runner.report.curves import curve, evaluated
 from runner.report.history import History, Point, history
 from runner.report.job_text import nested, values
 from runner.report.marks import Mark
 from runner.report.metrics import Estimate
-from runner.report.read import state_of
+from runner.report.read import Run, read, state_of
 from runner.report.render import embedded
 from runner.report.verb import Source, named
+from runner.report.view import page
 from runner.settings import resolve
 from runner.supervisor.reporting import ENOUGH, wanted
 
@@ -160,6 +161,7 @@ def test_what_training_made_of_a_metric(
         ({"overall": 0.5, "n": 240}, "exact_match", 0.5, (0.4372, 0.5628)),
         ({"overall": 0.5, "n": 4, "low": 0.1, "high": 0.9}, "exact_match", 0.5, (0.1, 0.9)),
         ({"overall": 0.5, "n": 4}, "reward_margin", 0.5, None),
+        ({"overall": 0.5, "n": 4, "low": 0.1, "high": None}, "reward_margin", 0.5, None),
         (0.7, "eval_loss", 0.7, None),
     ],
 )
@@ -294,6 +296,54 @@ def test_a_long_curve_keeps_its_extremes() -> None:
     found = curve(points, "loss", most=100)
     assert len(found.steps) == 100 and found.steps[-1] == 10_000
     assert max(found.high) == 100.0 and min(found.low) == 1.0
+
+
+def chose(folder: Path, best: int | None) -> Run:
+    """A run of four steps that was evaluated at 2 and 4."""
+
+    def measured(when: str, step: int, share: float) -> dict[str, Any]:
+        return {"event": "evaluation", "when": when, "step": step, "metrics": {"exact_match": share}}
+
+    kept = 4 if best is None else best
+    shares = {2: 0.9, 4: 0.6}
+    told = [
+        measured("before", 0, 0.1),
+        *(step(n) for n in range(1, 5)),
+        measured("after", kept, shares[kept]),
+    ]
+    lines = [
+        {"step": at, "metrics": {"exact_match": share}, "best": at == best} for at, share in shares.items()
+    ]
+    chosen = None if best is None else {"step": best, "metric": "exact_match", "value": shares[best]}
+    (folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    metrics = {"before": {"exact_match": 0.1}, "after": {"exact_match": shares[kept]}}
+    result = {"outcome": "done", "steps": 4, "metrics": metrics, "best": chosen}
+    (folder / "result.json").write_text(json.dumps(result))
+    return read(folder)
+
+
+@pytest.mark.parametrize(
+    ("best", "answer"),
+    [
+        (2, [(0, "before", 0.1), (2, "after", 0.9), (4, "during", 0.6)]),
+        (4, [(0, "before", 0.1), (2, "during", 0.9), (4, "after", 0.6)]),
+        (None, [(0, "before", 0.1), (2, "during", 0.9), (4, "after", 0.6)]),
+    ],
+)
+def test_what_was_measured_last_stands_at_the_step_that_was_kept(
+    tmp_path: Path, best: int | None, answer: list[tuple[int, str, float]]
+) -> None:
+    """Else a curve that fell would end as if it had risen again."""
+    run = chose(tmp_path, best)
+    found = [(one.step, one.when, one.found.value) for one in evaluated(run, "exact_match")]
+    assert found == answer
+    told = {fact.name: (fact.value, fact.note) for fact in page(run).facts}
+    if best is None:
+        assert "Exported" not in told
+    else:
+        value, note = told["Exported"]
+        assert value == f"step {best}" and note.startswith("the best of 2 by exact match: chosen on the rows")
 
 
 def test_every_value_of_a_job_has_its_source() -> None:

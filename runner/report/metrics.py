@@ -70,6 +70,8 @@ def estimate(metrics: Mapping[str, Any], metric: str, group: str | None = None) 
     if value is None:
         return None
     low, high = (None, None) if group else (number(found.get("low")), number(found.get("high")))
+    if low is None or high is None:
+        low, high = None, None
     if low is None and metric not in MEANS and count and 0 <= value <= 1:
         low, high = wilson(value, count)
     return Estimate(value, count, low, high)
