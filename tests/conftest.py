@@ -97,6 +97,7 @@ LONGEST = (
     "equality",
     "collection",
     "options",
+    "report_page",
     "custody",
     "checkpoint_verbs",
     "demo",
@@ -106,6 +107,7 @@ LONGEST = (
     "protocol_model",
     "export",
     "export_merging",
+    "report",
 )
 """Files that take ten seconds and more, longest first: what begins last should be short."""
 

@@ -374,3 +374,11 @@ def test_runs_of_one_name_are_called_by_their_place() -> None:
 
     runs: Any = [Named("a", "runs/a"), Named("a", "old/a"), Named("b", "runs/b")]
     assert compare.labelled(runs) == ("runs/a", "old/a", "b")
+
+
+def test_the_sentence_of_a_verdict_is_plain_text_for_a_terminal() -> None:
+    found = verdict.verdict("done", {}, "exact_match", LOW, HIGH, 5, 5)
+    assert found.sentence == (
+        "Exact match rose from 0.50 to 0.97; a clear gain: the 95 % intervals do not overlap."
+    )
+    assert verdict.verdict("running", {}, "exact_match", LOW, None, 5, 9).sentence == "Step 5 of 9."

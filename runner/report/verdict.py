@@ -108,9 +108,9 @@ def _sentence(name: str, became: Change, before: Estimate | None, after: Estimat
     way = "rose" if after.value > before.value else "fell" if after.value < before.value else "stayed"
     numbers = f"from {before.value:.2f} to {after.value:.2f}" if way != "stayed" else f"at {after.value:.2f}"
     doubt = {
-        "better": "a clear gain: the 95 % intervals do not overlap",
-        "worse": "a clear loss: the 95 % intervals do not overlap",
-        "unclear": "the 95 % intervals overlap, so this may be chance",
+        "better": "a clear gain: the 95 % intervals do not overlap",
+        "worse": "a clear loss: the 95 % intervals do not overlap",
+        "unclear": "the 95 % intervals overlap, so this may be chance",
     }
     known = way != "stayed" and after.low is not None and before.low is not None
     told = f"; {doubt[became]}" if known and became in doubt else ""

@@ -88,6 +88,9 @@
     ...run.curves.loss.step, ...run.evaluated.map((one) => one.step), ...run.marks.map((mark) => mark.step), 1,
   ]));
 
+  const LOG = { type: "log", tickFormat: "~g", nice: false };
+  const logarithmic = (figure) => figure.querySelector("button.log[aria-pressed=true]") !== null;
+
   const draw = (figure) => {
     const place = figure.querySelector(".plot");
     const width = place.clientWidth;
@@ -100,7 +103,7 @@
       style: { background: "none", color: "var(--text)", fontSize: "12px" },
       x: { domain: [0, last], label: "step", ticks: Math.min(last, width / 90), tickFormat: (step) =>
         (Number.isInteger(step) ? step.toLocaleString("en") : "") },
-      y: { grid: true, nice: true, label: null, ticks: 5, ...chart.y },
+      y: { grid: true, nice: true, label: null, ticks: 5, ...chart.y, ...(logarithmic(figure) ? LOG : {}) },
       marks: [
         ...(alone ? marksOf(runs[0]) : []),
         ...runs.flatMap((run, at) => chart.draw(run, at)),
@@ -122,5 +125,13 @@
     figures.forEach(draw);
   };
   all();
+  for (const button of document.querySelectorAll("button.log")) {
+    // A logarithm wants what is above zero; a loss of dpo may be all of that, and need not.
+    button.hidden = !runs.every((run) => run.curves.loss.low.every((value) => value > 0));
+    button.addEventListener("click", () => {
+      button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true"));
+      draw(button.closest("figure"));
+    });
+  }
   window.addEventListener("resize", () => requestAnimationFrame(all));
 })();
