@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from runner.errors import StorageError
 from runner.export import room
+from runner.export.card import Card, markdown
 from runner.export.code import Base, load_lines
 from runner.export.likeness import TOLERANCE, Likeness, Step, compared, likeness
+from runner.export.order import Made
 from runner.export.public import public_job, public_path
+from runner.export.source import Trained
 from runner.manifest import Job
+from runner.supervisor.identity import Identity
 from tests.small_job import with_value
 
 
@@ -89,6 +94,28 @@ def test_a_public_job_trains_the_same_and_tells_no_place() -> None:
     assert again.training.options["learning_rate"] == 1e-5
     assert again.datasets.train[0].path == "./rows.jsonl"
     assert again.evaluation == job.evaluation
+
+
+def test_the_metrics_of_several_sources_are_not_laid_at_the_door_of_one(tmp_path: Path) -> None:
+    paths = ["org/a", "org/b"]
+    evals = [{"path": path, "format": "vqa", "split": f"test{n}"} for n, path in enumerate(paths)]
+    found = []
+    for asked in (evals, evals[:1]):
+        given = with_value("datasets.eval", asked) | {"evaluation": {}}
+        job = Job.model_validate(given)
+        made = Made(
+            quantization=None,
+            answer=(),
+            input_ids=[],
+            compared=None,
+            like_run=None,
+            metrics={"merged": {"exact_match": {"overall": 0.5, "n": 4}}},
+        )
+        stored = Identity(job=given, pins={}, fingerprints={}, versions={})
+        trained = Trained(tmp_path, False, job, stored, 3, None, None)
+        (result,) = ModelCard(markdown(Card("merged", trained, made, "float32", "x", None))).data.eval_results
+        found.append((result.dataset_name, result.dataset_split))
+    assert found == [("org/a, org/b", None), ("org/a", "test0")]
 
 
 def test_load_lines_are_python_and_six_at_most() -> None:

@@ -192,6 +192,7 @@ def test_rows_beyond_the_page_are_counted(ended: Ended) -> None:
     found = page(read(ended.run)).predictions
     assert (len(found.rows), found.total) == (gallery.ROWS, gallery.ROWS + 100)
     assert sum(found.counts.values()) == found.total
+    assert f"the first {gallery.ROWS} of {found.total} rows, judged by" in html(page(read(ended.run)))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from runner.report.verb import Source, named
 from runner.report.view import page
 from runner.settings import resolve
 from runner.supervisor.reporting import ENOUGH, wanted
+from runner.train.evaluation import metrics as single
+from runner.train.evaluation import pair_metrics as pair
 
 GOOD = str(Path(__file__).parent / "data" / "good.yaml")
 
@@ -344,6 +346,20 @@ def test_what_was_measured_last_stands_at_the_step_that_was_kept(
     else:
         value, note = told["Exported"]
         assert value == f"step {best}" and note.startswith("the best of 2 by exact match: chosen on the rows")
+
+
+def test_every_metric_that_is_measured_is_explained() -> None:
+    assert sorted(metrics.MEANING) == sorted([*single.METRICS, *pair.METRICS])
+
+
+def test_a_comparison_says_over_how_many_rows(tmp_path: Path) -> None:
+    for name, n in (("a", 24), ("b", 320)):
+        (tmp_path / name).mkdir()
+        measured = {"exact_match": {"overall": 0.5, "n": n}}
+        result = {"outcome": "done", "metrics": {"before": None, "after": measured}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    rows = {row.name: row.cells for row in compare.compare([read(tmp_path / name) for name in "ab"]).outcome}
+    assert rows["exact match after"] == ("0.50 [0.31, 0.69] n=24", "0.50 [0.45, 0.55] n=320")
 
 
 def test_every_value_of_a_job_has_its_source() -> None:

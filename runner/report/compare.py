@@ -112,7 +112,8 @@ def _estimate(found: Estimate | None) -> str | None:
     if found is None:
         return None
     interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.value:.2f}{interval}"
+    count = "" if found.n is None else f" n={found.n:,}"
+    return f"{found.value:.2f}{interval}{count}"
 
 
 def _steps(run: Run) -> list[int]:

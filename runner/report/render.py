@@ -27,7 +27,7 @@ from runner.report.beside import Room
 from runner.report.compare import Comparison
 from runner.report.gallery import cut
 from runner.report.loose import mapping
-from runner.report.metrics import named
+from runner.report.metrics import MEANING, named
 from runner.report.read import Run
 from runner.report.vendor import LIBRARIES
 from runner.report.view import Page
@@ -92,6 +92,7 @@ def _environment() -> jinja2.Environment:
         "cut": cut,
         "figure": lambda value: _minus(f"{value:.2f}"),
         "kind": lambda one: marks.WORDS[one],
+        "meaning": MEANING.__getitem__,
         "named": named,
         "scalar": _scalar,
         "share": lambda value: f"{100 * min(1.0, max(0.0, value)):.2f}%",

@@ -52,6 +52,8 @@ class Page:
     after: Estimate | None
     facts: tuple[Fact, ...]
     compared: tuple[Compared, ...]
+    meanings: tuple[str, ...]
+    """Metrics of them that can be explained."""
     marks: tuple[Numbered, ...]
     values: tuple[tuple[str, ...], ...]
     """Step, loss, gradient norm and learning rate of some steps, as texts."""
@@ -87,6 +89,7 @@ def page(run: Run) -> Page:
         after=ends[1],
         facts=tuple(_facts(run, facts, last, steps)),
         compared=metrics.compared(before, after),
+        meanings=tuple(one for one in dict.fromkeys([*before, *after]) if one in metrics.MEANING),
         marks=marks,
         values=_values(run),
         predictions=gallery.table(run, metric),
