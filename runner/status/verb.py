@@ -22,7 +22,7 @@ from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.errors import RunnerError
 from runner.events import Event
-from runner.job_words import split
+from runner.job_words import refuse_missing_run, split
 from runner.manifest import Job
 from runner.status.runs import kept_at
 from runner.status.standing import Standing, standing
@@ -106,7 +106,9 @@ def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
         return kept_at(folder) or words[0], None
     from runner.settings import resolve
 
-    job = resolve(*split(words), os.environ).job
+    file, overrides = split(words)
+    refuse_missing_run("status", file)
+    job = resolve(file, overrides, os.environ).job
     settings = job.checkpoints
     arguments.expected_bucket_owner = arguments.expected_bucket_owner or settings.expected_bucket_owner
     return run_place(settings.uri, job.name, (Path("runs") / job.name).absolute()), job
