@@ -206,3 +206,10 @@ def test_a_run_that_is_not_there_is_no_broken_job(
         assert said.startswith(f"{words[0]}: {run} is not there; remedy: name a run as its folder")
     else:
         assert "the job file cannot be read" in said
+
+
+def test_what_to_edit_is_the_job_and_not_where_runs_are(tmp_path: Path, capsys: Any) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("name: [\n")
+    assert cli.main(["train", "--runs", str(tmp_path / "elsewhere"), str(job)]) == 78
+    assert f"next: edit {job}, then: runner train --runs" in capsys.readouterr().err
