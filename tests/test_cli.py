@@ -212,4 +212,4 @@ def test_what_to_edit_is_the_job_and_not_where_runs_are(tmp_path: Path, capsys: 
     job = tmp_path / "job.yaml"
     job.write_text("name: [\n")
     assert cli.main(["train", "--runs", str(tmp_path / "elsewhere"), str(job)]) == 78
-    assert f"next: edit {job}, then: runner train --runs" in capsys.readouterr().err
+    assert f"next: edit {job}, then: " in capsys.readouterr().err
