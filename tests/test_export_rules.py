@@ -131,7 +131,10 @@ def test_load_lines_are_python_and_six_at_most() -> None:
     assert len(plain) == 5 and "quantization" not in "\n".join(plain)
     merged = load_lines("merged", "me/mine", "float16", None, None)
     assert len(merged) == 3 and "peft" not in "\n".join(merged)
-    for lines in (adapter, plain, merged):
+    demo = load_lines("adapter", "mine", "float32", Base("demo:smolvlm-tiny"), bits)
+    assert len(demo) == 6 and demo[2] == "from runner.demo import resolve_model"
+    assert 'from_pretrained(resolve_model("demo:smolvlm-tiny"), dtype="float32", quanti' in demo[3]
+    for lines in (adapter, plain, merged, demo):
         names = {node.id for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Name)}
         assert {"model", "processor"} <= names
 

@@ -195,7 +195,7 @@ def _remarks(card: Card) -> list[str]:
         )
     base = job.model.name_or_path
     if card.kind == "adapter" and base.startswith("demo:"):
-        remarks.append(f"`{base}` comes with vlm-runner: `runner.demo.resolve_model` gives its folder.")
+        remarks.append(f"`{base}` comes with vlm-runner, which has to be installed for it.")
     elif card.kind == "adapter" and base_of(card.trained).revision is None:
         remarks.append("The base is no model of the hub: put the folder of your copy there.")
     return remarks

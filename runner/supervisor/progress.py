@@ -62,7 +62,10 @@ def duration(seconds: float) -> str:
 
 def near(path: Path) -> str:
     """A path as a person here would type it: from the current folder on, where it lies below that."""
-    here = Path.cwd()
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # somebody removed it; a run that ends has its last words all the same
+        return str(path)
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
