@@ -145,6 +145,6 @@ def test_room_is_counted_in_the_dtype_that_is_written(tmp_path: Path) -> None:
     base = resolve_model("demo:smolvlm-tiny")
     narrow, wide = (room.of_weights(base, dtype) for dtype in ("bfloat16", "float32"))
     assert wide == 2 * narrow == 4 * 1_586_816
-    with pytest.raises(StorageError, match=rf"needs .* GiB, and {tmp_path} has .* free; .*remedy: .*--to"):
+    with pytest.raises(StorageError, match=rf"needs .* TB, and {tmp_path} has .* free; .*remedy: .*--to"):
         room.check_room(tmp_path / "new", 1 << 60)
     room.check_room(tmp_path / "new", 1)

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import re
-import time
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -31,6 +30,7 @@ from runner.report.metrics import MEANING, named
 from runner.report.read import Run
 from runner.report.vendor import LIBRARIES
 from runner.report.view import Page
+from runner.supervisor.progress import moment
 
 _TEMPLATES = files(__package__) / "templates"
 
@@ -87,7 +87,7 @@ def _environment() -> jinja2.Environment:
         "bar": _bar,
         "became": lambda one: judge.WORDS[one],
         "breakable": _breakable,
-        "clock": _clock,
+        "clock": lambda at: moment(at) or "–",
         "count": lambda value: "–" if value is None else f"{value:,}",
         "cut": cut,
         "figure": lambda value: _minus(f"{value:.2f}"),
@@ -125,15 +125,6 @@ def _minus(text: str) -> str:
 
 def _scalar(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _clock(at: float | None) -> str:
-    if at is None:
-        return "–"
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-    except (ValueError, OverflowError, OSError):  # what a machine wrote whose clock was none
-        return "–"
 
 
 def _what(run: Run) -> str:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from runner.job_words import refuse_missing_run, split
 from runner.manifest import Job
 from runner.status.runs import kept_at
 from runner.status.standing import Standing, standing
-from runner.supervisor.progress import change_lines, duration, printable
+from runner.supervisor.progress import change_lines, duration, moment, printable
 
 _PARTS = 4
 """Parts of the events that are read, the newest of the owner that wrote last."""
@@ -174,7 +173,7 @@ def text(place: str, here: Standing) -> str:
     ]
     if here.events:
         lines.append("  last events:")
-        lines += [f"    {_clock(event)}  {_line(_words(event))}" for event in here.events]
+        lines += [f"    {moment(event.get('time')) or '?'}  {_line(_words(event))}" for event in here.events]
     return printable("\n".join(lines))
 
 
@@ -204,16 +203,6 @@ def _loss(here: Standing) -> str:
 
 def _eta(here: Standing) -> str:
     return "" if here.eta is None else f", ETA {duration(here.eta)}"
-
-
-def _clock(event: Event) -> str:
-    at = event.get("time")
-    if not isinstance(at, int | float):
-        return "?"
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(at))
-    except (ValueError, OverflowError, OSError):  # what a machine wrote whose clock was none
-        return "?"
 
 
 def _words(event: Event) -> str:
