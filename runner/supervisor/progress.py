@@ -62,7 +62,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(at: Any) -> str | None:
-    """`2026-11-30 09:00:00 UTC`, of seconds since 1970; None of what is none, as machines without a clock say."""
+    """`2026-11-30 09:00:00 UTC`, of seconds since 1970; None of what is none, as of no clock."""
     if isinstance(at, bool) or not isinstance(at, int | float):
         return None
     try:
