@@ -53,13 +53,13 @@ def curve(points: Sequence[Point], name: str, most: int = POINTS) -> Curve:
 
 
 def during(run: Run) -> list[Measured]:
-    """What was measured while it trained: by the file that goes with the checkpoints, else by the events."""
-    kept = [
-        Measured(step, "during", {**line, **mapping(line.get("metrics"))})
-        for line in run.evaluations
-        if (step := whole(line.get("step"))) is not None
-    ]
-    return kept or [one for one in run.history.measured if one.when == "during"]
+    """What was measured while it trained: by the events, which know upstream's own evaluations of the loss, too,
+    and by the file that goes with the checkpoints, which knows what other machines did. The file's word counts."""
+    found = {one.step: one.metrics for one in run.history.measured if one.when == "during"}
+    for line in run.evaluations:
+        if (step := whole(line.get("step"))) is not None:
+            found[step] = {**found.get(step, {}), **line, **mapping(line.get("metrics"))}
+    return [Measured(step, "during", found[step]) for step in sorted(found)]
 
 
 def ends(run: Run) -> dict[str, Mapping[str, Any]]:

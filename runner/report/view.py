@@ -148,7 +148,7 @@ def _facts(run: Run, facts: Mapping[str, Any], last: int, steps: int | None) -> 
 def _chosen(run: Run) -> str:
     """How the exported step was chosen, and that this makes its numbers a little too good."""
     metric = metrics.named(str(mapping(run.result.get("best")).get("metric")))
-    count = len(curves.during(run))
+    count = len(run.evaluations)
     return f"the best of {count:,} by {metric}: chosen on the rows that judge it, which flatters it a little"
 
 
