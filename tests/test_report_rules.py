@@ -313,6 +313,7 @@ def chose(folder: Path, best: int | None) -> Run:
         *(step(n) for n in range(1, 5)),
         measured("after", kept, shares[kept]),
     ]
+    told.insert(3, measured("during", 3, 0.0) | {"metrics": {"eval_loss": 2.5}})
     lines = [
         {"step": at, "metrics": {"exact_match": share}, "best": at == best} for at, share in shares.items()
     ]
@@ -340,6 +341,8 @@ def test_what_was_measured_last_stands_at_the_step_that_was_kept(
     run = chose(tmp_path, best)
     found = [(one.step, one.when, one.found.value) for one in evaluated(run, "exact_match")]
     assert found == answer
+    (loss,) = evaluated(run, "eval_loss")
+    assert (loss.step, loss.found.value) == (3, 2.5), "upstream's own, which the file does not know"
     told = {fact.name: (fact.value, fact.note) for fact in page(run).facts}
     if best is None:
         assert "Exported" not in told
