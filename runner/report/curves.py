@@ -53,8 +53,11 @@ def curve(points: Sequence[Point], name: str, most: int = POINTS) -> Curve:
 
 
 def during(run: Run) -> list[Measured]:
-    """What was measured while it trained, by two that each know more than the other: the events have upstream's
-    own evaluations of the loss, the file that goes with the checkpoints has other machines' and the last word."""
+    """What was measured while it trained.
+
+    The events know upstream's own evaluations of the loss, too; the file that goes with the checkpoints knows
+    those of other machines, and its word counts.
+    """
     found = {one.step: one.metrics for one in run.history.measured if one.when == "during"}
     for line in run.evaluations:
         if (step := whole(line.get("step"))) is not None:
