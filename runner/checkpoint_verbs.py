@@ -197,7 +197,7 @@ def _pull(arguments: argparse.Namespace) -> int:
     wish = Wish(arguments.id, arguments.step, arguments.checkpoint)
     to = arguments.to.expanduser().absolute()
     done = pull(store, place.open(store.place), wish, to, lambda line: complain(f"warning: {line}"))
-    say(f"{done.what} of checkpoint {done.entry.id}, step {done.entry.step}: {arguments.to}")
+    say(f"{done.what} of checkpoint {done.entry.id}, step {done.step}: {arguments.to}")
     return 0
 
 

@@ -79,7 +79,7 @@ class Run:
         self.parent = name
         return entry
 
-    def finish(self, step: int, files: dict[str, bytes]) -> Entry:
+    def finish(self, step: int, files: dict[str, bytes], extra: dict[str, Any] | None = None) -> Entry:
         """What a done run ends with; the state is `done` then."""
         epoch = self.lease.head.epoch
         blobs = {}
@@ -89,7 +89,7 @@ class Run:
             assert self.store.create(key, content)
             blobs[name] = Blob(key=key, size=len(content), sha256=digest)
         id = "final"
-        manifest = Manifest(id=id, step=step, epoch=epoch, parent=self.parent, files=blobs)
+        manifest = Manifest(id=id, step=step, epoch=epoch, parent=self.parent, files=blobs, extra=extra or {})
         key = manifest_key(step, epoch, id)
         assert self.store.create(key, encode(manifest))
         entry = self.manifests.keep(key, manifest)

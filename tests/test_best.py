@@ -20,6 +20,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from runner.errors import DataError
 from runner.manifest import Evaluation, Job
 from runner.plan import Strategy
 from runner.planning.numbers import evaluations as evaluations_planned
@@ -99,6 +100,37 @@ def test_minutes_count_training_through_an_interruption(tmp_path: Path) -> None:
     assert second.due(9, 12)
     second.take(9, {})
     assert not second.due(10, 12)
+
+
+def test_what_lost_steps_had_told_is_written_over(tmp_path: Path) -> None:
+    first = watch(tmp_path, Clock(), steps=2)
+    first.take(2, {"eval_loss": 1.0})
+    watch(tmp_path, Clock(), steps=2)  # nothing was committed
+    assert (tmp_path / "evaluations.jsonl").read_text() == ""
+    watch(tmp_path / "never", Clock(), steps=2)
+    assert not (tmp_path / "never" / "evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"seconds": 1, "evaluations": [{"step": true, "metrics": {}, "best": true}]}',
+        '{"seconds": 1, "evaluations": [{"step": 1, "metrics": [], "best": true}]}',
+        '{"seconds": NaN, "evaluations": []}',
+        '{"seconds": 1, "evaluations": [{"step": 2, "metrics": {}, "best": false}, '
+        '{"step": 2, "metrics": {}, "best": false}]}',
+        '{"seconds": 1, "evaluations": [{"step": 1, "metrics": {"x": '
+        f"{'[' * 600}{']' * 600}"
+        '}, "best": true}]}',
+    ],
+)
+def test_evaluations_that_no_run_saved_are_named(content: str, tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    (saved / "evaluations.json").write_text(content)
+    with pytest.raises(DataError, match=r"checkpoint saved: evaluations\.json is not what a run saves"):
+        watch(tmp_path / "run", Clock(), saved, steps=2)
 
 
 @pytest.mark.parametrize(
@@ -307,23 +339,30 @@ def test_dpo_is_watched_as_well(tmp_path: Path) -> None:
     assert outcome["metrics"]["after"]["preference_margin"] == best["metrics"]["preference_margin"]
 
 
-def test_asked_to_stop_in_an_evaluation_it_is_made_again(tmp_path: Path) -> None:
+def test_asked_to_stop_in_evaluations_they_are_made_again(tmp_path: Path) -> None:
+    """In the first, and in that of the last step, which ends an epoch as well."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     outcome, _ = run(whole, SHORT)
     assert outcome["outcome"] == "done", outcome["error"]
+    saved = None
+    for attempt, step in ((1, 2), (2, 4)):
+        at = f"{step:08d}"
+        told: list[str] = []
 
-    def stop(event: dict[str, Any]) -> None:
-        if event.get("phase") == "evaluate" and event["event"] == "phase":
-            write(cut / "attempts" / "1", Request("stop"))
+        def stop(event: dict[str, Any], attempt: int = attempt, at: str = at, told: list[str] = told) -> None:
+            if event["event"] == "checkpoint":
+                told.append(event["id"][:8])
+            if event["event"] == "phase" and event["phase"] == "evaluate" and at in told:
+                write(cut / "attempts" / str(attempt), Request("stop"))
 
-    outcome, events = run(cut, merged(SHORT, {"evaluation": {"batch_size": 1}}), on_event=stop)
-    assert (outcome["outcome"], outcome["exit_code"]) == ("preempted", 75), outcome
-    (saved,) = (cut / "outbox").iterdir()
-    assert saved.name.startswith("00000002")
-    assert not (cut / "evaluations.jsonl").exists()
-    outcome, events = run(cut, SHORT, attempt=2, restore=saved)
+        slowly = merged(SHORT, {"evaluation": {"batch_size": 1}})
+        outcome, _ = run(cut, slowly, on_event=stop, attempt=attempt, restore=saved)
+        assert (outcome["outcome"], outcome["exit_code"]) == ("preempted", 75), outcome
+        saved = max((cut / "outbox").iterdir())
+        assert saved.name.startswith(at)
+        assert (cut / "evaluations.jsonl").exists() == (attempt > 1)
+    outcome, events = run(cut, SHORT, attempt=3, restore=saved)
     assert outcome["outcome"] == "done", outcome["error"]
-    named = [event["event"] for event in events]
-    assert named.index("evaluation") < named.index("begin")
+    assert "begin" not in [event["event"] for event in events]
     for name in ("evaluations.jsonl", "steps.jsonl", ADAPTER):
         assert (cut / name).read_bytes() == (whole / name).read_bytes(), name

@@ -24,6 +24,7 @@ from runner.checkpoint.head import (
     HEAD,
     MANIFESTS,
     PINS,
+    TRAINED,
     TTL,
     Entry,
     Head,
@@ -392,6 +393,21 @@ def test_pull_gives_the_adapter_of_a_done_run(world: World) -> None:
     assert world.cli("pull", world.uri, "--id", "final", "--checkpoint", "--to", str(to / "all")) == 0
     found = {path.relative_to(to / "all").as_posix() for path in (to / "all").rglob("*") if path.is_file()}
     assert found == set(END)
+
+
+def test_pull_of_a_run_that_kept_its_best_says_whose_step_it_is(folder: World) -> None:
+    run = folder.run()
+    run.commit(4)
+    run.finish(6, END, {TRAINED: 4})
+    assert folder.cli("pull", folder.uri, "--to", f"{folder.path}/best") == 0
+    assert folder.out.startswith("adapter of checkpoint final, step 4:")
+    to = folder.path / "last"
+    assert folder.cli("pull", folder.uri, "--step", "6", "--to", str(to)) == 65
+    assert "holds what was best, at step 4, and no checkpoint of step 6 is retained" in folder.err
+    assert not to.exists()
+    run.finish(4, END, {TRAINED: 2})
+    assert folder.cli("pull", folder.uri, "--step", "4", "--to", str(to)) == 65
+    assert "checkpoint 00000004-0001" in folder.err  # which holds no adapter here, and not the best's
 
 
 def test_pull_gives_a_model_after_full_fine_tuning(folder: World) -> None:

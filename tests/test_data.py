@@ -17,6 +17,7 @@ from PIL import Image as Pillow
 from transformers import ProcessorMixin
 
 from runner.errors import DataError
+from runner.train.data import lengths
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows
 from runner.train.data.tokens import Counted, TokenCounter
@@ -539,6 +540,14 @@ def test_texts_are_counted_once_for_one_tokenizer_and_template(
     other = copy.deepcopy(processor)
     other.chat_template = f"{other.chat_template}, by the way"
     assert all(more > fewer for more, fewer in zip(tokens(other), first, strict=True))
+
+
+def test_texts_of_other_columns_are_counted_anew(processor: ProcessorMixin) -> None:
+    """The same turns have one digest, as a prompt with its completion and as messages."""
+    keys = [
+        lengths._key(processor, columns, ["same"]) for columns in (["completion", "prompt"], ["messages"])
+    ]
+    assert keys[0] != keys[1] and None not in keys
 
 
 def test_tokens_when_tiles_are_split(tmp_path: Path) -> None:

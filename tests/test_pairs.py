@@ -256,6 +256,25 @@ def test_rewards_only_where_the_reference_was_evaluated(
     assert json.loads((tmp_path / "evaluation" / "after.json").read_text())["metrics"] == after
 
 
+def test_a_baseline_is_kept_when_only_what_comes_during_training_changes(
+    tmp_path: Path, processor: ProcessorMixin, made: Rows
+) -> None:
+    first = plan(tmp_path)
+    spec = first.job.evaluation
+    assert spec is not None
+    (tmp_path / "evaluation").mkdir()
+    kept = {"evaluation": spec.model_dump(mode="json"), "metrics": {"kept": 1}}
+    (tmp_path / "evaluation" / "before.json").write_text(json.dumps(kept))
+
+    def baseline(**changes: Any) -> dict[str, Any] | None:
+        job = first.job.model_copy(update={"evaluation": spec.model_copy(update=changes)})
+        now = first.model_copy(update={"job": job})
+        return Evaluator(now, Channel(tmp_path, None), float32(), processor, None).baseline()
+
+    assert baseline() == baseline(steps=7, loss=False) == {"kept": 1}
+    assert baseline(max_new_tokens=3) is None  # there are no rows to make it anew
+
+
 def test_a_later_evaluation_takes_the_reference_that_its_plan_names(
     tmp_path: Path, processor: ProcessorMixin, made: Rows
 ) -> None:

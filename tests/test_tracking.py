@@ -65,6 +65,10 @@ def thrice(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     """A run that was killed with its supervisor, then asked to stop, then done."""
     bench = Bench(tmp_path_factory.mktemp("thrice"))
     bench.job["training"] = {"report_to": PRESENT, "project": "charts", "num_train_epochs": 2}
+    bench.job["lora"] = {
+        **bench.job.get("lora", {}),
+        "rank_pattern": {"^(q|v)_proj$": 4},
+    }  # no name in mlflow
     settings: dict[str, Any] = {"record": True, "steps": 9, "before": ready(60)}
     for attempt, step, number, code in ((1, 4, signal.SIGKILL, -9), (2, 7, signal.SIGTERM, 75)):
         command = bench.start(at(f"step:{step}", "wait", attempt), **settings)

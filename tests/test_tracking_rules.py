@@ -160,7 +160,36 @@ def test_a_step_is_told_when_it_is_committed_and_not_before(run: Run) -> None:
     assert [step for step, _ in run.look()] == [3]
 
 
+def test_on_a_new_machine_steps_wait_for_the_length_of_an_epoch(run: Run) -> None:
+    run.commit(2)  # fetched before the trainer starts
+    assert run.look() == []
+    run.say("plan", rows=16, steps=4)
+    assert [(step, values["train/epoch"]) for step, values in run.look()] == [(1, 0.5), (2, 1.0)]
+
+
+def test_where_no_trainer_came_to_a_plan_the_end_tells_what_is_there(run: Run) -> None:
+    run.commit(2)
+    run.say("end", outcome="failed", exit_code=65, error="bad data")
+    assert [step for step, _ in run.look()] == [1, 2]
+
+
+def test_an_evaluation_of_steps_that_were_lost_is_not_told(run: Run) -> None:
+    run.say("plan", rows=16, steps=4)
+    run.commit(2)
+    run.look()
+    run.say("evaluation", when="during", step=2, metrics={"eval_loss": 0.2})
+    run.say("evaluation", when="during", step=3, metrics={"eval_loss": 0.3})
+    run.say("attempt", restore="00000002", step=2)
+    run.say("evaluation", when="during", step=4, metrics={"eval_loss": 0.4})
+    run.commit(4)
+    assert [row for row in run.look() if "train/loss" not in row[1]] == [
+        (2, {"eval/loss": 0.2}),
+        (4, {"eval/loss": 0.4}),
+    ]
+
+
 def test_an_evaluation_is_told_when_its_step_is_committed(run: Run) -> None:
+    run.say("plan", rows=16, steps=4)
     run.say("evaluation", when="before", step=0, metrics={"accuracy": 0.1})
     run.say("evaluation", when="during", step=2, metrics={"eval_loss": 0.3})
     assert run.look() == [(0, {"eval/accuracy": 0.1})]

@@ -37,6 +37,9 @@ IDENTITY = "run.json"
 FINAL = "final"
 """Id of what a run ends with, which no checkpoint has."""
 
+TRAINED = "trained_step"
+"""In its `extra`: the step whose parameters it holds, which may be the best and not the last."""
+
 TTL = 60.0
 """Seconds after which an owner that does not renew may be replaced."""
 

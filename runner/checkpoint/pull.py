@@ -21,7 +21,7 @@ from pathlib import Path
 from runner.checkpoint.adapter_file import extract
 from runner.checkpoint.files import move
 from runner.checkpoint.find import head_of
-from runner.checkpoint.head import PINS, Entry, Head, Manifest, Pin, encode
+from runner.checkpoint.head import PINS, TRAINED, Entry, Head, Manifest, Pin, encode
 from runner.checkpoint.manifests import Manifests
 from runner.checkpoint.restore import download, fetch_files
 from runner.checkpoint.store import Store
@@ -55,6 +55,8 @@ class Pulled:
     entry: Entry
     what: str
     """adapter, model or checkpoint."""
+    step: int
+    """Whose parameters they are: of the end of a run that chose its best, not its last."""
     pinned: bool
 
 
@@ -76,7 +78,7 @@ def pull(
 
     Raises:
         UsageError: the folder is there already, with something in it.
-        DataError: no such checkpoint, or it is damaged, or it has no adapter.
+        DataError: no such checkpoint, or it is damaged, or it has no adapter, or another step's.
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UsageError(f"pull: {to} is there already\n    remedy: name a new folder, or an empty one")
@@ -88,7 +90,12 @@ def pull(
             if entry not in head.needed:
                 continue
             try:
-                return Pulled(entry, _fetched(store, entry, entry == head.final, wish, to), pinned)
+                what, step = _fetched(store, entry, entry == head.final, wish, to)
+                return Pulled(entry, what, step, pinned)
+            except _OtherStep as error:
+                damaged[entry] = str(error)
+                if all(one in damaged for one in candidates(head, wish)):
+                    raise
             except DataError as error:
                 if entry not in head_of(store).needed:
                     say(f"checkpoint {entry.id} was collected while it was read; starting over")
@@ -136,16 +143,29 @@ class _NoAdapter(DataError):
     """A whole checkpoint without an adapter."""
 
 
-def _fetched(store: Store, entry: Entry, end: bool, wish: Wish, to: Path) -> str:
-    """Fetch into `to`; returns what it is."""
+class _OtherStep(DataError):
+    """The end of a run that holds another step's parameters than those that were asked for."""
+
+
+def _fetched(store: Store, entry: Entry, end: bool, wish: Wish, to: Path) -> tuple[str, int]:
+    """Fetch into `to`; returns what it is, and of which step."""
     manifest = Manifests(store).get(entry)
+    step = entry.step
+    if end and not wish.checkpoint:
+        told = manifest.extra.get(TRAINED)
+        step = told if isinstance(told, int) else step  # ends of before this was told
+        if wish.step not in (None, step):
+            raise _OtherStep(
+                f"pull: the end of {store.place} holds what was best, at step {step}, and no checkpoint of "
+                f"step {wish.step} is retained; remedy: leave out --step"
+            )
     with disk("pull a checkpoint", to):
         to.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch:
             made = _from_end if end else _from_checkpoint
             folder, what = made(store, manifest, wish, Path(scratch))
             move(folder, to)
-    return what
+    return what, step
 
 
 def _from_end(store: Store, manifest: Manifest, wish: Wish, scratch: Path) -> tuple[Path, str]:

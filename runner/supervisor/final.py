@@ -12,13 +12,13 @@ import shutil
 from pathlib import Path
 
 from runner.checkpoint.files import seal
-from runner.checkpoint.head import FINAL
+from runner.checkpoint.head import FINAL, TRAINED
 from runner.durable import disk
 from runner.supervisor import result
 from runner.supervisor.result import Result
 from runner.supervisor.run_folder import RunFolder
 
-TRAINED = ("adapter", "model")
+FOLDERS = ("adapter", "model")
 EVALUATION = "evaluation"
 FILES = ("steps.jsonl", "evaluations.jsonl", "job.yaml")
 RESULT = "result.json"
@@ -34,7 +34,7 @@ def gather(folder: RunFolder, ended: Result) -> Path:
     with disk("gather what the run ends with", target):
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        folders = (*TRAINED, EVALUATION)
+        folders = (*FOLDERS, EVALUATION)
         sources = [path for name in folders for path in sorted((folder.path / name).glob("*"))]
         for source in (*sources, *(folder.path / name for name in FILES)):
             if source.is_file():
@@ -45,7 +45,9 @@ def gather(folder: RunFolder, ended: Result) -> Path:
                 except OSError:  # a file system without links; it costs space
                     shutil.copyfile(source, place)
         result.write(target / RESULT, ended)
-        seal(target, id=FINAL, step=ended.steps, parent=ended.checkpoint, extra={})
+        seal(
+            target, id=FINAL, step=ended.steps, parent=ended.checkpoint, extra={TRAINED: ended.exported_step}
+        )
     return target
 
 
@@ -55,7 +57,7 @@ def spread(fetched: Path, folder: RunFolder) -> None:
     What else lies there stays. result.json comes last: it says that the rest is there.
     """
     with disk("put back what the run ended with", folder.path):
-        for name in TRAINED:
+        for name in FOLDERS:
             if (fetched / name).exists():
                 shutil.rmtree(folder.path / name, ignore_errors=True)
                 (fetched / name).rename(folder.path / name)

@@ -97,12 +97,20 @@ class Keeper:
             with self._changed:
                 if self._left or (self._closing and code == 0):
                     return
-            self.warn(self._why(code))
+            if not self._heard(self._why(code)):
+                return
             with self._changed:
                 if last:
                     return
                 self._changed.wait_for(lambda: self._closing or self._left, pause)
             pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _heard(self, why: str) -> bool:
+        """Warn; False if the command has left meanwhile, and its journal may be closed."""
+        with self._changed:
+            if not self._left:
+                self.warn(why)
+            return not self._left
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         child = subprocess.Popen(

@@ -86,12 +86,16 @@ class Feed:
                 if when in ("before", "after"):
                     self._metrics[when] = metrics
                 self._evaluations.append(of_evaluation(step, metrics, event.get("time")))
+            case {"event": "attempt", "step": int(restored)}:  # what came after is done again
+                self._evaluations = [row for row in self._evaluations if row.step <= restored]
             case {"event": "start"}:
                 self._end = None  # of an earlier command
             case {"event": "end"}:
                 self._end = event
 
     def _new_steps(self) -> Iterator[Row]:
+        if self._epoch_steps is None and self._end is None:
+            return  # on a new machine: the trainer is about to say how long an epoch is
         try:
             folder = next(path for path in (self._run / "newest").iterdir() if path.suffix != ".partial")
             if folder.name == self._checkpoint:

@@ -6,6 +6,7 @@ The store of files needs no database driver; `mlflow` reads it with MLFLOW_ALLOW
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ ID = "vlm-runner.id"
 AT_ONCE = 100
 """Rows, or parameters, of a request: it may have 1000 metrics and 100 parameters."""
 
+LONGEST = 250
+"""Characters of a parameter's name."""
+
 _STATUS = {"done": "FINISHED", "preempted": "KILLED", "failed": "FAILED"}
 
 
@@ -35,9 +39,8 @@ class MlFlow:
         self._run = run.info.run_id
         self._metrics = list(run.data.metrics)
         self._client.update_run(self._run, status="RUNNING")
-        params = [
-            Param(key, str(value)) for key, value in request.config.items() if key not in run.data.params
-        ]
+        named = {_named(key): str(value) for key, value in request.config.items()}
+        params = [Param(key, value) for key, value in named.items() if key not in run.data.params]
         for begin in range(0, len(params), AT_ONCE):
             self._client.log_batch(self._run, params=params[begin : begin + AT_ONCE])
 
@@ -74,3 +77,9 @@ class MlFlow:
         tags = [RunTag(f"vlm-runner.{name}", str(value)) for name, value in told.items()]
         self._client.log_batch(self._run, tags=tags)
         self._client.set_terminated(self._run, _STATUS.get(ending.outcome, "FAILED"))
+
+
+def _named(key: str) -> str:
+    """A key of the job as mlflow takes it, which refuses the regular expressions of `lora.rank_pattern`. Its
+    files are folders where a slash is."""
+    return re.sub(r"[^\w.: -]", "_", key)[:LONGEST]

@@ -34,9 +34,9 @@ def main(plan_file: Path) -> int:
     file = plan.attempt_dir / ("outcome.json" if rank == 0 else f"outcome-{rank}.json")
     try:
         # torch and transformers load here, inside the guard
-        from runner.train.deferred import load_bitsandbytes
+        import runner.train.deferred  # noqa: F401 (before others import what it imports)
 
-        load_bitsandbytes()
+        # isort: split
         from runner.train.run import evaluate_only, train
         from runner.train.world import joined
 

@@ -1,4 +1,4 @@
-"""Imports that would cost a start more than it needs; by whoever imports them first.
+"""Imported before all else of a process that trains: it imports what would cost a start more than it needs.
 
 bitsandbytes (0.50) decorates its fallbacks with `torch.compile` while it is imported, which loads the whole
 of inductor: about a second of every start, for functions that neither a GPU nor an x86 CPU calls. Here they
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 
-def load_bitsandbytes() -> None:
-    """Import bitsandbytes without inductor; nothing, where it is imported already."""
+def _import_bitsandbytes() -> None:
+    """Without inductor."""
     compile_now = torch.compile
     torch.compile = functools.partial(_when_called, compile_now)
     try:
@@ -41,3 +41,6 @@ def _when_called(
         return compiled()(*args, **kwargs)
 
     return call
+
+
+_import_bitsandbytes()

@@ -11,6 +11,10 @@ give, too. It ends as `runner.train` does: with an outcome file, or a traceback 
 
 from __future__ import annotations
 
+import runner.train.deferred  # noqa: F401 (before others import what it imports)
+
+# isort: split
+
 import dataclasses
 import gc
 import json

@@ -12,6 +12,10 @@ not foreseen is a traceback in the log, and no answer.
 
 from __future__ import annotations
 
+import runner.train.deferred  # noqa: F401 (before others import what it imports)
+
+# isort: split
+
 import functools
 import sys
 from pathlib import Path

@@ -33,7 +33,8 @@ def planned(plan: Plan, rows: Rows, collator: Collator, applied: Savings) -> dic
     start = None if plan.fetched.init_from is None else Path(plan.fetched.init_from)
     try:
         model = on_meta.inspect(plan.job, plan.fetched.model, start)[0].model_dump(mode="json")
-    except RunnerError:  # loading it for training says what is wrong, if it is
+    except (RunnerError, ImportError, TypeError, ValueError):
+        # An adapter to start from that PEFT refuses; loading it for training says so.
         model = None
     return {"model": model, "data": _data(plan, rows, collator, applied).model_dump(mode="json")}
 

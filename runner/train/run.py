@@ -276,6 +276,7 @@ def _fit(plan: Plan, channel: Channel, trainer: RunTrainer) -> SaveAndStop:
             trainer._load_from_checkpoint(str(plan.restore))
         else:
             trainer.train(resume_from_checkpoint=str(plan.restore))
+            trainer.evaluate_last()
     return trainer.control_callback
 
 

@@ -253,7 +253,7 @@ def _parameters(folder: Path, file: str, model: torch.nn.Module) -> dict[str, to
     ]
     if odd:
         raise DataError(
-            f"checkpoint {folder.name}: the parameters in {file} are not this model's; the first is {odd[0]}"
+            f"checkpoint {folder.name}: {file}: its parameters are not this model's; the first is {odd[0]}"
         )
     return saved
 

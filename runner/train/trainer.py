@@ -152,6 +152,13 @@ class RunTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def evaluate_last(self) -> None:
+        """Evaluate the last step where that was cut off. Upstream has no epoch left for such a checkpoint, if
+        the step ends one. Collective."""
+        step = self.state.global_step
+        if self.watch.pending(step, self.state.max_steps) and not self.control_callback.stopped:
+            self._evaluate_step(step)
+
     # --- the record of steps ---
 
     def get_batch_samples(

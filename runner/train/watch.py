@@ -12,6 +12,7 @@ run: it is the saved file of its step, and costs a store nothing twice. Rank 0 a
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import time
@@ -66,8 +67,9 @@ class Watch:
         self._since = clock() - seconds
         """When the last one was, had training never been interrupted."""
         self.ended_early = False
-        if restore is not None and world().first:
-            self._adopt(restore)
+        if world().first:
+            if restore is not None:
+                self._adopt(restore)
             self._tell()
 
     # --- when ---
@@ -98,7 +100,8 @@ class Watch:
     def saved(self, checkpoint: Path) -> None:
         """The step of a checkpoint will be evaluated; rank 0's, before others can move its files."""
         if self._spec.metric_for_best_model is not None:
-            _link(checkpoint / PARAMETERS, self._folder / CANDIDATE)
+            with disk("keep the parameters of an evaluation", self._folder):
+                _link(checkpoint / PARAMETERS, self._folder / CANDIDATE)
 
     def take(self, step: int, metrics: dict[str, Any]) -> None:
         """Note an evaluation, the same on every rank."""
@@ -155,7 +158,8 @@ class Watch:
                 _link(restore / PARAMETERS, self._folder / CANDIDATE)
 
     def _tell(self) -> None:
-        if self._spec.during:
+        """Write what is so now over what an attempt before, whose steps were lost, had told."""
+        if self._spec.during and (self.history.evaluations or self._record.exists()):
             lines = "".join(json.dumps(asdict(one)) + "\n" for one in self.history.evaluations)
             with disk("write the evaluations", self._record):
                 write_text(self._record, lines)
@@ -171,7 +175,14 @@ def _load(folder: Path, spec: Spec) -> tuple[list[Evaluated], float]:
         for one in found:
             if type(one.step) is not int or not isinstance(one.metrics, dict) or type(one.best) is not bool:
                 raise TypeError(f"{one} is no evaluation")
-        return found, float(content["seconds"])
+        json.dumps([asdict(one) for one in found])  # no deeper than what is written again
+        steps = [one.step for one in found]
+        if steps != sorted(set(steps)):
+            raise ValueError("its steps do not rise")
+        seconds = float(content["seconds"])
+        if not math.isfinite(seconds):
+            raise ValueError(f"seconds is {seconds}")
+        return found, seconds
 
 
 def _link(source: Path, target: Path) -> None:

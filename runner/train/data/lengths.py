@@ -1,7 +1,7 @@
 """Tokens of every row's text, kept in the cache of `datasets`: a second start renders and tokenizes nothing.
 
-What a length depends on is in its key: what the rows say, the tokenizer, its chat template, and the code that
-renders. What images add is `tokens`', and takes no time.
+What a length depends on is in its key: what the rows say and in which columns, the tokenizer, its chat
+template, and the code that renders. What images add is `tokens`', and takes no time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def text_lengths(
         rows: without images.
         digests: of what each row says.
     """
-    key = _key(processor, digests)
+    key = _key(processor, rows.column_names, digests)
     if key is None:
         return [count for row in rows for count in counter.text_tokens([row])]
     counted = rows.map(
@@ -60,7 +60,7 @@ def _count(batch: dict[str, list[Any]], counter: TokenCounter) -> dict[str, list
     }
 
 
-def _key(processor: ProcessorMixin, digests: Iterable[str]) -> str | None:
+def _key(processor: ProcessorMixin, columns: Sequence[str], digests: Iterable[str]) -> str | None:
     """What the lengths are known by; None for a tokenizer that cannot say what it is."""
     tokenizer = processor.tokenizer
     if not tokenizer.is_fast:
@@ -73,6 +73,7 @@ def _key(processor: ProcessorMixin, digests: Iterable[str]) -> str | None:
         str(processor.chat_template or tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
         tokenizer.backend_tokenizer.to_str(),
+        str(sorted(columns)),  # the same turns are rendered otherwise as a prompt and its completion
     )
     digest = hashlib.sha256()
     for part in (*parts, *digests):

@@ -34,6 +34,15 @@ from runner.train.world import device, from_first, world
 
 BEFORE = "before"
 PREDICTIONS = "{}.predictions.jsonl"
+_DURING = (
+    "steps",
+    "minutes",
+    "loss",
+    "metric_for_best_model",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+)
+"""Keys that say nothing about an evaluation before training: it holds when they change."""
 
 
 class Evaluator:
@@ -69,7 +78,8 @@ class Evaluator:
             return None
         saved = json.loads(file.read_text(encoding="utf-8"))
         metrics: dict[str, Any] = saved["metrics"]
-        return metrics if saved["evaluation"] == spec.model_dump(mode="json") else None
+        then = {key: value for key, value in saved["evaluation"].items() if key not in _DURING}
+        return metrics if then == spec.model_dump(mode="json", exclude=set(_DURING)) else None
 
     def during(self, step: int) -> dict[str, Any] | None:
         """Metrics at a step; None when a request to stop cut it off."""
