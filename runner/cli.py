@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 from runner import __version__
 from runner.again import again
 from runner.cluster.verbs import VERBS as CLUSTER
-from runner.command import Group, ReaderLeft, Verb, complain, listed, program, run, say
+from runner.command import Group, ReaderLeft, Verb, complain, listed, parsed, program, run, say
 from runner.errors import JobError, RunnerError, UsageError
 from runner.export.verb import EXPORT
 from runner.health import HEALTH
@@ -79,8 +79,11 @@ def _next(error: RunnerError, argv: list[str]) -> str:
     """What to type next, where a run was at work."""
     if argv[0] not in ("train", "evaluate"):
         return ""
-    words = [word for word in argv[1:] if not word.startswith("-")]
-    file = next((word for word in words if "=" not in word), None) or os.environ.get("JOB_FILE")
+    if isinstance(error, UsageError):  # what was typed cannot be read, and `again` has nothing to say
+        return ""
+    verb = VERBS[argv[0]]
+    assert isinstance(verb, Verb)
+    file = split(parsed(argv[0], verb, argv[1:]).words)[0] or os.environ.get("JOB_FILE")
     line = again(error.exit_code, program(sys.argv[0]), argv, file)
     return "" if line is None else f"\n{line}"
 

@@ -79,6 +79,23 @@ def _run_group(program: str, group: Group, words: list[str]) -> int:
 
 
 def _run_verb(program: str, verb: Verb, words: list[str]) -> int:
+    parser = _parser(program, verb)
+    if {"-h", "--help"} & set(words):
+        say(parser.format_help())
+        return 0
+    return verb.act(parser.parse_intermixed_args(words))
+
+
+def parsed(program: str, verb: Verb, words: list[str]) -> argparse.Namespace:
+    """The words of a verb as it takes them.
+
+    Raises:
+        UsageError: it does not.
+    """
+    return _parser(program, verb).parse_intermixed_args(words)
+
+
+def _parser(program: str, verb: Verb) -> _Parser:
     parser = _Parser(
         prog=program,
         description=verb.help,
@@ -87,10 +104,7 @@ def _run_verb(program: str, verb: Verb, words: list[str]) -> int:
         allow_abbrev=False,
     )
     verb.arguments(parser)
-    if {"-h", "--help"} & set(words):
-        say(parser.format_help())
-        return 0
-    return verb.act(parser.parse_intermixed_args(words))
+    return parser
 
 
 def listed(verbs: Mapping[str, Verb] | Mapping[str, Verb | Group]) -> str:

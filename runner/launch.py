@@ -54,7 +54,7 @@ from runner.supervisor.metrics_file import MetricsFile
 from runner.supervisor.notices import Notices
 from runner.supervisor.opening import opening
 from runner.supervisor.progress import near
-from runner.supervisor.reporting import reported
+from runner.supervisor.reporting import not_off, reported
 from runner.supervisor.run_folder import RunFolder
 from runner.supervisor.team import Team
 from runner.supervisor.trackers import Trackers, need_packages
@@ -95,7 +95,7 @@ def train(
         Heart(folder.path) as heart,
         Notices(stop_file=folder.stop, beat=heart.beat) as notices,
         contextlib.closing(display(voice)) as screen,
-        reported(folder, notices, screen.line),
+        reported(folder, notices, screen),
         EventLog(folder.events) as log,
         Team(job, here, processes(job, machine.gpus), notices, screen.line) as team,
     ):
@@ -303,7 +303,7 @@ class _Run:
         """Tell a person what came of it."""
         for line in verdict(ended, _trained(ended, self._folder)):
             self._journal.loud(line)
-        for line in next_lines(self._folder.path, program(sys.argv[0])):
+        for line in next_lines(self._folder.path, program(sys.argv[0]), not_off(os.environ)):
             self._journal.line(line)
 
 

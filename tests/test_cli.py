@@ -192,3 +192,24 @@ def test_validate_loads_nothing_heavy_and_is_fast() -> None:
     # The promise is 0.5 s by the clock (the bench prints the median of ten). Here it is processor time, which
     # other tests on the same machine change little: validate waits for nothing but its own imports.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+@pytest.mark.parametrize("words", [["report"], ["status"], ["export", "--to", "new"]])
+@pytest.mark.parametrize(("run", "code"), [("runs/nope", 65), ("nope", 65), ("nope.yaml", 78)])
+def test_a_run_that_is_not_there_is_no_broken_job(
+    words: list[str], run: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words, run]) == code
+    said = capsys.readouterr().err
+    if code == 65:
+        assert said.startswith(f"{words[0]}: {run} is not there; remedy: name a run as its folder")
+    else:
+        assert "the job file cannot be read" in said
+
+
+def test_what_to_edit_is_the_job_and_not_where_runs_are(tmp_path: Path, capsys: Any) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text("name: [\n")
+    assert cli.main(["train", "--runs", str(tmp_path / "elsewhere"), str(job)]) == 78
+    assert f"next: edit {job}, then: " in capsys.readouterr().err

@@ -260,7 +260,7 @@ def test_a_disk_without_room_is_named_before_anything_is_computed(
         disk.fill(leave=1 << 20)
         assert cli.main(["export", "runs/mine", "--merged", "--to", str(disk.path / "new")]) == 74
         said = capsys.readouterr()
-        assert re.search(rf"needs [67]\.\d MiB, and {disk.path} has \S+ MiB free; .*remedy: free", said.err)
+        assert re.search(rf"needs [67]\.\d MB, and {disk.path} has \S+ MB free; .*remedy: free", said.err)
         assert "loading" not in said.out
         assert [file.name for file in disk.path.iterdir()] == ["ballast"]
 

@@ -36,7 +36,7 @@ def hub() -> Iterator[FakeHub]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "my-adapter"
+    folder = tmp_path / "my adapter"
     folder.mkdir()
     (folder / "README.md").write_text("---\nlibrary_name: peft\n---\n\n# mine\n")
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
@@ -72,7 +72,7 @@ def test_everybody_sees_it_only_if_somebody_says_so(hub: FakeHub, folder: Path) 
     assert hub.private == {"me/open": False}
     uploaded = hub.files.pop("me/open")
     ((code, said),) = pushed(hub, folder, "me/open")
-    assert code == 64 and "everybody sees it" in said and f"hf upload me/open {folder}" in said
+    assert code == 64 and "everybody sees it" in said and f"hf upload me/open '{folder}'" in said
     assert hub.files == {}
     ((code, _),) = pushed(hub, folder, "me/open", public=True)
     assert code == 0 and hub.files["me/open"] == uploaded
@@ -100,7 +100,7 @@ def test_every_kind_of_no(hub: FakeHub, folder: Path) -> None:
         assert found == code, said
         assert words in said and "remedy: " in said, said
         if code in (65, 74, 77):
-            assert f"{folder} is whole and stays" in said and f"hf upload {repo} {folder}" in said
+            assert f"{folder} is whole and stays" in said and f"hf upload {repo} '{folder}'" in said
     assert hub.files == {}
 
 

@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from runner.errors import StorageError
 from runner.export import room
+from runner.export.card import Card, markdown
 from runner.export.code import Base, load_lines
 from runner.export.likeness import TOLERANCE, Likeness, Step, compared, likeness
+from runner.export.order import Made
 from runner.export.public import public_job, public_path
+from runner.export.source import Trained
 from runner.manifest import Job
+from runner.supervisor.identity import Identity
 from tests.small_job import with_value
 
 
@@ -91,6 +96,28 @@ def test_a_public_job_trains_the_same_and_tells_no_place() -> None:
     assert again.evaluation == job.evaluation
 
 
+def test_the_metrics_of_several_sources_are_not_laid_at_the_door_of_one(tmp_path: Path) -> None:
+    paths = ["org/a", "org/b"]
+    evals = [{"path": path, "format": "vqa", "split": f"test{n}"} for n, path in enumerate(paths)]
+    found = []
+    for asked in (evals, evals[:1]):
+        given = with_value("datasets.eval", asked) | {"evaluation": {}}
+        job = Job.model_validate(given)
+        made = Made(
+            quantization=None,
+            answer=(),
+            input_ids=[],
+            compared=None,
+            like_run=None,
+            metrics={"merged": {"exact_match": {"overall": 0.5, "n": 4}}},
+        )
+        stored = Identity(job=given, pins={}, fingerprints={}, versions={})
+        trained = Trained(tmp_path, False, job, stored, 3, None, None)
+        (result,) = ModelCard(markdown(Card("merged", trained, made, "float32", "x", None))).data.eval_results
+        found.append((result.dataset_name, result.dataset_split))
+    assert found == [("org/a, org/b", None), ("org/a", "test0")]
+
+
 def test_load_lines_are_python_and_six_at_most() -> None:
     bits = {"load_in_4bit": True, "llm_int8_skip_modules": ["a.b", "lm_head"]}
     adapter = load_lines("adapter", "me/mine", "bfloat16", Base("org/base", "1" * 40), bits)
@@ -104,7 +131,10 @@ def test_load_lines_are_python_and_six_at_most() -> None:
     assert len(plain) == 5 and "quantization" not in "\n".join(plain)
     merged = load_lines("merged", "me/mine", "float16", None, None)
     assert len(merged) == 3 and "peft" not in "\n".join(merged)
-    for lines in (adapter, plain, merged):
+    demo = load_lines("adapter", "mine", "float32", Base("demo:smolvlm-tiny"), bits)
+    assert len(demo) == 6 and demo[2] == "from runner.demo import resolve_model"
+    assert 'from_pretrained(resolve_model("demo:smolvlm-tiny"), dtype="float32", quanti' in demo[3]
+    for lines in (adapter, plain, merged, demo):
         names = {node.id for node in ast.walk(ast.parse("\n".join(lines))) if isinstance(node, ast.Name)}
         assert {"model", "processor"} <= names
 
@@ -115,6 +145,6 @@ def test_room_is_counted_in_the_dtype_that_is_written(tmp_path: Path) -> None:
     base = resolve_model("demo:smolvlm-tiny")
     narrow, wide = (room.of_weights(base, dtype) for dtype in ("bfloat16", "float32"))
     assert wide == 2 * narrow == 4 * 1_586_816
-    with pytest.raises(StorageError, match=rf"needs .* GiB, and {tmp_path} has .* free; .*remedy: .*--to"):
+    with pytest.raises(StorageError, match=rf"needs .* TB, and {tmp_path} has .* free; .*remedy: .*--to"):
         room.check_room(tmp_path / "new", 1 << 60)
     room.check_room(tmp_path / "new", 1)

@@ -103,6 +103,15 @@ def test_an_image_that_several_rows_show_is_in_the_page_once(ended: Ended) -> No
     assert became == ["right", "wrong", "fixed", "broken", "fixed", "wrong"]
 
 
+def odd_archives(whole: bytes) -> list[bytes]:
+    """An archive whose directory speaks of a later version, of a compression, and of a password."""
+    if not whole.startswith(b"PK"):
+        return []
+    at = whole.rindex(b"PK\x01\x02")
+    changes = ((6, b"\xff\x00"), (10, b"\x63\x00"), (8, b"\x01\x00"))
+    return [whole[: at + byte] + value + whole[at + byte + len(value) :] for byte, value in changes]
+
+
 FILES = ("job.yaml", "result.json", "events.jsonl", "steps.jsonl", "evaluation/before.predictions.jsonl")
 
 
@@ -118,6 +127,8 @@ def test_a_file_that_is_half_written_costs_only_what_it_would_have_said(ended: E
         b"\xff\x00\xfe",
         b'{"a": NaN}',
         b"[" * 9000,
+        b"name:\n  a:\tb\n",
+        *odd_archives(whole),
     ):
         file.write_bytes(content)
         assert "</html>" in html(page(read(ended.run)))
@@ -181,6 +192,7 @@ def test_rows_beyond_the_page_are_counted(ended: Ended) -> None:
     found = page(read(ended.run)).predictions
     assert (len(found.rows), found.total) == (gallery.ROWS, gallery.ROWS + 100)
     assert sum(found.counts.values()) == found.total
+    assert f"the first {gallery.ROWS} of {found.total} rows, judged by" in html(page(read(ended.run)))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from tests.machines import Bench, at
+from tests.terminal import piped
 
 pytestmark = pytest.mark.usefixtures("on")
 
@@ -24,7 +25,8 @@ def text(bench: Bench) -> str:
 def test_a_run_that_is_done_leaves_one(bench: Bench) -> None:
     code, output = bench.train()
     assert code == 0, output
-    assert output.rstrip().endswith(f"report: {bench.run / 'report.html'}")
+    assert output.rstrip().endswith("\nreport: runs/bench/report.html")
+    assert "next: " in output and " report runs/bench" not in output, "it is there already"
     assert "Step 6 of 6." in text(bench) or "rose from 0.25 to 0.75" in text(bench)
 
 
@@ -53,7 +55,9 @@ def test_one_that_cannot_be_written_is_a_warning(bench: Bench) -> None:
     assert code == 0, output
     assert bench.result()["outcome"] == "done"
     assert "warning: no report was written: write the report: " in output
-    assert f"`runner report {bench.run}` makes it" in output
+    code, out, _ = piped(bench, ["train", "job.yaml", "--quiet"])
+    assert code == 0 and b"warning: no report was written: " in out, "a warning is not quiet"
+    assert "`runner report runs/bench` makes it" in output
 
 
 def test_one_that_crashes_is_a_warning(bench: Bench) -> None:
@@ -75,5 +79,5 @@ def test_one_that_crashes_is_a_warning(bench: Bench) -> None:
 def test_none_where_nobody_wants_one(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNNER_REPORT", "off")
     code, output = bench.train()
-    assert code == 0 and "report" not in output
+    assert code == 0 and "report: " not in output and " report runs/bench" in output
     assert not (bench.run / "report.html").exists()

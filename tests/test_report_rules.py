@@ -11,16 +11,19 @@ import pytest
 
 from runner.errors import UsageError
 from runner.report import beside, compare, judge, marks, metrics, verdict
-from runner.report.curves import curve
+from runner.report.curves import curve, evaluated
 from runner.report.history import History, Point, history
 from runner.report.job_text import nested, values
 from runner.report.marks import Mark
 from runner.report.metrics import Estimate
-from runner.report.read import state_of
+from runner.report.read import Run, read, state_of
 from runner.report.render import embedded
 from runner.report.verb import Source, named
+from runner.report.view import page
 from runner.settings import resolve
 from runner.supervisor.reporting import ENOUGH, wanted
+from runner.train.evaluation import metrics as single
+from runner.train.evaluation import pair_metrics as pair
 
 GOOD = str(Path(__file__).parent / "data" / "good.yaml")
 
@@ -160,6 +163,7 @@ def test_what_training_made_of_a_metric(
         ({"overall": 0.5, "n": 240}, "exact_match", 0.5, (0.4372, 0.5628)),
         ({"overall": 0.5, "n": 4, "low": 0.1, "high": 0.9}, "exact_match", 0.5, (0.1, 0.9)),
         ({"overall": 0.5, "n": 4}, "reward_margin", 0.5, None),
+        ({"overall": 0.5, "n": 4, "low": 0.1, "high": None}, "reward_margin", 0.5, None),
         (0.7, "eval_loss", 0.7, None),
     ],
 )
@@ -294,6 +298,71 @@ def test_a_long_curve_keeps_its_extremes() -> None:
     found = curve(points, "loss", most=100)
     assert len(found.steps) == 100 and found.steps[-1] == 10_000
     assert max(found.high) == 100.0 and min(found.low) == 1.0
+
+
+def chose(folder: Path, best: int | None) -> Run:
+    """A run of four steps that was evaluated at 2 and 4."""
+
+    def measured(when: str, step: int, share: float) -> dict[str, Any]:
+        return {"event": "evaluation", "when": when, "step": step, "metrics": {"exact_match": share}}
+
+    kept = 4 if best is None else best
+    shares = {2: 0.9, 4: 0.6}
+    told = [
+        measured("before", 0, 0.1),
+        *(step(n) for n in range(1, 5)),
+        measured("after", kept, shares[kept]),
+    ]
+    told.insert(3, measured("during", 3, 0.0) | {"metrics": {"eval_loss": 2.5}})
+    lines = [
+        {"step": at, "metrics": {"exact_match": share}, "best": at == best} for at, share in shares.items()
+    ]
+    chosen = None if best is None else {"step": best, "metric": "exact_match", "value": shares[best]}
+    (folder / "events.jsonl").write_text("".join(json.dumps(one) + "\n" for one in told))
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    metrics = {"before": {"exact_match": 0.1}, "after": {"exact_match": shares[kept]}}
+    result = {"outcome": "done", "steps": 4, "metrics": metrics, "best": chosen}
+    (folder / "result.json").write_text(json.dumps(result))
+    return read(folder)
+
+
+@pytest.mark.parametrize(
+    ("best", "answer"),
+    [
+        (2, [(0, "before", 0.1), (2, "after", 0.9), (4, "during", 0.6)]),
+        (4, [(0, "before", 0.1), (2, "during", 0.9), (4, "after", 0.6)]),
+        (None, [(0, "before", 0.1), (2, "during", 0.9), (4, "after", 0.6)]),
+    ],
+)
+def test_what_was_measured_last_stands_at_the_step_that_was_kept(
+    tmp_path: Path, best: int | None, answer: list[tuple[int, str, float]]
+) -> None:
+    """Else a curve that fell would end as if it had risen again."""
+    run = chose(tmp_path, best)
+    found = [(one.step, one.when, one.found.value) for one in evaluated(run, "exact_match")]
+    assert found == answer
+    (loss,) = evaluated(run, "eval_loss")
+    assert (loss.step, loss.found.value) == (3, 2.5), "upstream's own, which the file does not know"
+    told = {fact.name: (fact.value, fact.note) for fact in page(run).facts}
+    if best is None:
+        assert "Exported" not in told
+    else:
+        value, note = told["Exported"]
+        assert value == f"step {best}" and note.startswith("the best of 2 by exact match: chosen on the rows")
+
+
+def test_every_metric_that_is_measured_is_explained() -> None:
+    assert sorted(metrics.MEANING) == sorted([*single.METRICS, *pair.METRICS])
+
+
+def test_a_comparison_says_over_how_many_rows(tmp_path: Path) -> None:
+    for name, n in (("a", 24), ("b", 320)):
+        (tmp_path / name).mkdir()
+        measured = {"exact_match": {"overall": 0.5, "n": n}}
+        result = {"outcome": "done", "metrics": {"before": None, "after": measured}}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+    rows = {row.name: row.cells for row in compare.compare([read(tmp_path / name) for name in "ab"]).outcome}
+    assert rows["exact match after"] == ("0.50 [0.31, 0.69] n=24", "0.50 [0.45, 0.55] n=320")
 
 
 def test_every_value_of_a_job_has_its_source() -> None:

@@ -17,6 +17,7 @@ from runner.again import again
 from runner.command import program
 from runner.settings import resolve
 from runner.supervisor.opening import opening
+from runner.supervisor.progress import near
 from runner.supervisor.screen import fitted
 from runner.supervisor.world import Machine, Placement
 from tests.machines import Bench, at
@@ -236,3 +237,13 @@ def test_a_stop_by_hand_says_what_to_type(bench: Bench) -> None:
         os.kill(terminal.pid, signal.SIGINT)
         assert terminal.finish() == 75
     assert terminal.rows[-1] == "    next: python -m runner train job.yaml --quiet"
+
+
+def test_a_path_is_named_also_where_the_current_folder_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    assert near(tmp_path / "gone" / "runs" / "a") == "runs/a"
+    (tmp_path / "gone").rmdir()
+    assert near(tmp_path / "gone" / "runs" / "a") == str(tmp_path / "gone" / "runs" / "a")

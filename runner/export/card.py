@@ -54,6 +54,8 @@ def _front_matter(card: Card) -> str:
 
     trained, job = card.trained, card.trained.job
     base = base_of(trained)
+    asked = job.datasets.eval
+    alone = asked[0] if len(asked) == 1 else None  # the hub's format has one split and one commit
     used = [one for one in job.datasets.train if trained.commit("dataset", one.path, one.revision)]
     adapter = card.kind == "adapter"
     data = ModelCardData(
@@ -68,18 +70,19 @@ def _front_matter(card: Card) -> str:
         eval_results=[
             EvalResult(
                 task_type=PIPELINE,
-                dataset_type=public_path(source.path),
-                dataset_name=public_path(source.path),
-                dataset_config=source.name,
-                dataset_split=source.split,
-                dataset_revision=trained.commit("dataset", source.path, source.revision),
+                dataset_type=public_path(asked[0].path),
+                dataset_name=", ".join(dict.fromkeys(public_path(one.path) for one in asked)),
+                dataset_config=None if alone is None else alone.name,
+                dataset_split=None if alone is None else alone.split,
+                dataset_revision=None
+                if alone is None
+                else trained.commit("dataset", alone.path, alone.revision),
                 metric_type=name,
                 metric_name=f"{name.replace('_', ' ')} (n={value['n']})",
                 metric_value=value["overall"],
             )
-            for source in job.datasets.eval[:1]
             for name, value in _after(card).items()
-            if isinstance(value, Mapping) and value.get("overall") is not None
+            if asked and isinstance(value, Mapping) and value.get("overall") is not None
         ]
         or None,
     )
@@ -192,7 +195,7 @@ def _remarks(card: Card) -> list[str]:
         )
     base = job.model.name_or_path
     if card.kind == "adapter" and base.startswith("demo:"):
-        remarks.append(f"`{base}` comes with vlm-runner: `runner.demo.resolve_model` gives its folder.")
+        remarks.append(f"`{base}` comes with vlm-runner, which has to be installed for it.")
     elif card.kind == "adapter" and base_of(card.trained).revision is None:
         remarks.append("The base is no model of the hub: put the folder of your copy there.")
     return remarks

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.demo import PREFIX
 from runner.export.order import Kind
 
 
@@ -18,7 +19,7 @@ class Base:
     """The base model of an adapter, as `from_pretrained` finds it."""
 
     place: str
-    """Hub id or folder."""
+    """Hub id or folder; or `demo:<name>`, which this package has the folder of."""
     revision: str | None = None
     """Commit of a hub id."""
 
@@ -41,10 +42,15 @@ def load_lines(
     else:
         more: dict[str, Any] = {} if base.revision is None else {"revision": base.revision}
         loaded = _call("AutoModelForImageTextToText.from_pretrained", base.place, **more, dtype=dtype)
+        if base.place.startswith(PREFIX):
+            lines.append("from runner.demo import resolve_model")
+            loaded = loaded.replace(_literal(base.place), f"resolve_model({_literal(base.place)})", 1)
         if quantization is not None:
             names.append("BitsAndBytesConfig")
-            lines.append(f"quantization = {_call('BitsAndBytesConfig', **quantization)}")
-            loaded = f"{loaded.removesuffix(')')}, quantization_config=quantization)"
+            given = _call("BitsAndBytesConfig", **quantization)
+            if not lines:
+                lines, given = [f"quantization = {given}"], "quantization"
+            loaded = f"{loaded.removesuffix(')')}, quantization_config={given})"
         lines = ["from peft import PeftModel", _import(names), *lines, f"base = {loaded}"]
         lines.append(f"model = PeftModel.from_pretrained(base, {_literal(place)})")
     return [*lines, f"processor = {_call('AutoProcessor.from_pretrained', place)}"]

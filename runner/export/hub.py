@@ -12,6 +12,7 @@ of an export needs is asked for at its beginning (`check`), before hours are spe
 from __future__ import annotations
 
 import contextlib
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,7 +67,7 @@ def push(folder: Path, repo: str, public: bool) -> str:
 
 def upload(repo: str, folder: Path, public: bool) -> str:
     """huggingface_hub's own command for the same."""
-    return f"hf upload {repo} {folder} .{'' if public else ' --private'}"
+    return f"hf upload {repo} {shlex.quote(str(folder))} .{'' if public else ' --private'}"
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 
 from runner.durable import disk
 from runner.errors import DataError, StorageError
+from runner.planning.words import size
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -34,7 +35,7 @@ def check_room(to: Path, needed: int) -> None:
         free = shutil.disk_usage(to.parent).free
     if free < needed:
         raise StorageError(
-            f"export to {to}: it needs {_size(needed)}, and {to.parent} has {_size(free)} free; nothing was "
+            f"export to {to}: it needs {size(needed)}, and {to.parent} has {size(free)} free; nothing was "
             "written; remedy: free space there, or name a folder on another disk with --to"
         )
 
@@ -76,7 +77,3 @@ def _tensors(file: Path) -> Iterator[dict[str, Any]]:
         raise DataError(
             f"export: {file} of the base model is no safetensors file: {error}; remedy: get the model again"
         ) from error
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -28,7 +28,7 @@ from runner.checkpoint.pull import Wish, pull
 from runner.checkpoint_verbs import place_of
 from runner.command import complain
 from runner.errors import DataError, UsageError
-from runner.job_words import split
+from runner.job_words import refuse_missing_run, split
 from runner.manifest import Checkpoints, Job
 from runner.settings import resolve
 from runner.supervisor import identity, result
@@ -111,6 +111,7 @@ def _named(arguments: argparse.Namespace) -> tuple[RunFolder | None, Checkpoints
         folder = RunFolder(path)
         stored = identity.read(folder.identity)
         return folder, Checkpoints() if stored is None else _job(stored, str(path)).checkpoints
+    refuse_missing_run("export", file)
     job = resolve(file, overrides, os.environ).job
     return RunFolder((arguments.runs / job.name).absolute()), job.checkpoints
 

@@ -132,7 +132,7 @@ def lines(plan: Planned | None, run: Run, facts: Mapping[str, Any]) -> list[Line
             here = "–" if run.checkpoint_bytes is None else size(run.checkpoint_bytes)
             found.append(Line("Last checkpoint", f"about {size(about)}", here))
     cut, now = (mapping(one.get("geometry")) for one in (run.history.first_plan, told))
-    found.append(Line("Rows a step", _cut(cut), _cut(now)))
+    found.append(Line("Rows a step", _cut(cut), _cut(now), "at once × accumulated, in every process"))
     found.append(Line("Time a step", "–", _time(points)))
     return found
 

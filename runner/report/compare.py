@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from runner.planning.words import size
 from runner.report import beside, curves, metrics
 from runner.report.loose import items, mapping, number, whole
 from runner.report.marks import RESTARTS, merged
@@ -111,7 +112,8 @@ def _estimate(found: Estimate | None) -> str | None:
     if found is None:
         return None
     interval = "" if found.low is None or found.high is None else f" [{found.low:.2f}, {found.high:.2f}]"
-    return f"{found.value:.2f}{interval}"
+    count = "" if found.n is None else f" n={found.n:,}"
+    return f"{found.value:.2f}{interval}{count}"
 
 
 def _steps(run: Run) -> list[int]:
@@ -142,7 +144,7 @@ def _rate(run: Run) -> str | None:
 
 def _peak(run: Run) -> str | None:
     peak = beside.peak_of(mapping(run.result.get("facts")), run.history.points)
-    return None if peak is None else f"{peak / 2**30:.2f} GiB"
+    return None if peak is None else size(peak)
 
 
 def _count(value: int | None) -> str | None:

@@ -53,13 +53,16 @@ def curve(points: Sequence[Point], name: str, most: int = POINTS) -> Curve:
 
 
 def during(run: Run) -> list[Measured]:
-    """What was measured while it trained: by the file that goes with the checkpoints, else by the events."""
-    kept = [
-        Measured(step, "during", {**line, **mapping(line.get("metrics"))})
-        for line in run.evaluations
-        if (step := whole(line.get("step"))) is not None
-    ]
-    return kept or [one for one in run.history.measured if one.when == "during"]
+    """What was measured while it trained.
+
+    The events know upstream's own evaluations of the loss, too; the file that goes with the checkpoints knows
+    those of other machines, and its word counts.
+    """
+    found = {one.step: one.metrics for one in run.history.measured if one.when == "during"}
+    for line in run.evaluations:
+        if (step := whole(line.get("step"))) is not None:
+            found[step] = {**found.get(step, {}), **line, **mapping(line.get("metrics"))}
+    return [Measured(step, "during", found[step]) for step in sorted(found)]
 
 
 def ends(run: Run) -> dict[str, Mapping[str, Any]]:
@@ -70,16 +73,31 @@ def ends(run: Run) -> dict[str, Mapping[str, Any]]:
 
 
 def evaluated(run: Run, metric: str) -> list[Evaluated]:
-    """A metric over the steps: before, during and after training."""
+    """A metric over the steps: before, during and after training.
+
+    What was measured after training stands at the step that was kept (`kept_step`), and in the place of what
+    was measured there on the way: the two are of the same parameters.
+    """
     both = ends(run)
-    last = max((point.step for point in run.history.points), default=0)
-    steps = whole(run.result.get("steps")) or last
-    told = [Measured(0, "before", both["before"]), *during(run), Measured(steps, "after", both["after"])]
-    return [
-        Evaluated(one.step, one.when, found)
-        for one in told
-        if (found := estimate(one.metrics, metric)) is not None
+    told = [
+        Measured(0, "before", both["before"]),
+        *during(run),
+        Measured(kept_step(run), "after", both["after"]),
     ]
+    found = {
+        one.step: Evaluated(one.step, one.when, value)
+        for one in told
+        if (value := estimate(one.metrics, metric)) is not None
+    }
+    return [found[step] for step in sorted(found)]
+
+
+def kept_step(run: Run) -> int:
+    """The step whose parameters were evaluated after training: the best one's, else the last."""
+    best = whole(mapping(run.result.get("best")).get("step"))
+    told = [one.step for one in run.history.measured if one.when == "after"]
+    last = max((point.step for point in run.history.points), default=0)
+    return best or (told[-1] if told else whole(run.result.get("steps")) or last)
 
 
 def data(run: Run, metric: str, marks: Iterable[tuple[int, Mark]]) -> dict[str, Any]:

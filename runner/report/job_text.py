@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from runner.job.yaml_source import parse, scalar
+from runner.job.yaml_source import LOADER, parse, scalar
 
 DEFAULT = "default"
 
@@ -37,7 +37,7 @@ def values(data: bytes) -> tuple[Value, ...]:
     said = data.decode("utf-8", "replace")
     if parse(said).faults:  # it is bounded where PyYAML is not
         return ()
-    root = yaml.compose(said, Loader=yaml.SafeLoader)
+    root = yaml.compose(said, Loader=LOADER)
     return tuple(_leaves(root, "", said)) if isinstance(root, yaml.MappingNode) else ()
 
 

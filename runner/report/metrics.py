@@ -14,6 +14,18 @@ MEANS = ("preference_margin", "reward_margin")
 
 LOWER_IS_BETTER = ("eval_loss", "generated_rejected")
 
+MEANING = {
+    "relaxed_accuracy": "a number may be off by 5 %; any other answer is compared whole, without case",
+    "exact_match": "the answer is the same to the letter",
+    "preference_accuracy": "how often the chosen answer is likelier than the rejected one; a tie is half",
+    "preference_margin": "log-probability of the chosen answer less that of the rejected one, on average",
+    "reward_accuracy": "how often training moved the model towards the chosen answer",
+    "reward_margin": "by how much it did, on average: the change of the margin, times DPO's beta",
+    "generated_chosen": "how often what the model says itself is nearer to the chosen answer",
+    "generated_rejected": "how often it is nearer to the rejected one: fewer are better",
+}
+"""What a number is, for people who have not met it."""
+
 Change = Literal["better", "worse", "unclear", "unknown"]
 
 
@@ -70,6 +82,8 @@ def estimate(metrics: Mapping[str, Any], metric: str, group: str | None = None) 
     if value is None:
         return None
     low, high = (None, None) if group else (number(found.get("low")), number(found.get("high")))
+    if low is None or high is None:
+        low, high = None, None
     if low is None and metric not in MEANS and count and 0 <= value <= 1:
         low, high = wilson(value, count)
     return Estimate(value, count, low, high)

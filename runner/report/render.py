@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import re
-import time
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
@@ -27,10 +26,11 @@ from runner.report.beside import Room
 from runner.report.compare import Comparison
 from runner.report.gallery import cut
 from runner.report.loose import mapping
-from runner.report.metrics import named
+from runner.report.metrics import MEANING, named
 from runner.report.read import Run
 from runner.report.vendor import LIBRARIES
 from runner.report.view import Page
+from runner.supervisor.progress import moment
 
 _TEMPLATES = files(__package__) / "templates"
 
@@ -87,11 +87,12 @@ def _environment() -> jinja2.Environment:
         "bar": _bar,
         "became": lambda one: judge.WORDS[one],
         "breakable": _breakable,
-        "clock": _clock,
+        "clock": lambda at: moment(at) or "–",
         "count": lambda value: "–" if value is None else f"{value:,}",
         "cut": cut,
         "figure": lambda value: _minus(f"{value:.2f}"),
         "kind": lambda one: marks.WORDS[one],
+        "meaning": MEANING.__getitem__,
         "named": named,
         "scalar": _scalar,
         "share": lambda value: f"{100 * min(1.0, max(0.0, value)):.2f}%",
@@ -124,15 +125,6 @@ def _minus(text: str) -> str:
 
 def _scalar(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _clock(at: float | None) -> str:
-    if at is None:
-        return "–"
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(at))
-    except (ValueError, OverflowError, OSError):  # what a machine wrote whose clock was none
-        return "–"
 
 
 def _what(run: Run) -> str:

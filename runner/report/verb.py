@@ -14,7 +14,7 @@ from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.durable import disk, scratch, write_text
 from runner.errors import UsageError
-from runner.job_words import split
+from runner.job_words import refuse_missing_run, split
 from runner.report import render, stored, view
 from runner.report.compare import Comparison, compare
 from runner.report.read import Run, is_run, read
@@ -137,6 +137,7 @@ def _of_place(word: str) -> Source:
 
 
 def _of_job(file: str | None, overrides: list[str], runs: Path) -> Source:
+    refuse_missing_run("report", file)
     job = resolve(file, overrides, os.environ).job
     folder = runs / job.name
     if not is_run(folder) and job.checkpoints.uri is not None:

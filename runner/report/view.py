@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from runner.planning.words import size
 from runner.report import beside, curves, gallery, metrics
 from runner.report.beside import Line, Room
 from runner.report.history import Commit
@@ -51,6 +52,8 @@ class Page:
     after: Estimate | None
     facts: tuple[Fact, ...]
     compared: tuple[Compared, ...]
+    meanings: tuple[str, ...]
+    """Metrics of them that can be explained."""
     marks: tuple[Numbered, ...]
     values: tuple[tuple[str, ...], ...]
     """Step, loss, gradient norm and learning rate of some steps, as texts."""
@@ -86,6 +89,7 @@ def page(run: Run) -> Page:
         after=ends[1],
         facts=tuple(_facts(run, facts, last, steps)),
         compared=metrics.compared(before, after),
+        meanings=tuple(one for one in dict.fromkeys([*before, *after]) if one in metrics.MEANING),
         marks=marks,
         values=_values(run),
         predictions=gallery.table(run, metric),
@@ -119,6 +123,8 @@ def _marks(run: Run) -> Iterator[Mark]:
 def _facts(run: Run, facts: Mapping[str, Any], last: int, steps: int | None) -> Iterator[Fact]:
     told = run.history
     yield Fact("Steps", f"{last:,}" if steps is None else f"{last:,} of {steps:,}")
+    if (kept := whole(mapping(run.result.get("best")).get("step"))) is not None:
+        yield Fact("Exported", f"step {kept:,}", _chosen(run))
     seconds = number(run.result.get("seconds"))
     if seconds is None and told.began is not None and told.last is not None:
         seconds = told.last - told.began
@@ -133,10 +139,17 @@ def _facts(run: Run, facts: Mapping[str, Any], last: int, steps: int | None) -> 
         yield Fact("Throughput", f"{tokens:,.0f} tokens/s", note)
     peak = beside.peak_of(facts, told.points)
     if peak is not None:
-        yield Fact("Peak memory", f"{peak / 2**30:.2f} GiB", str(facts.get("device") or ""))
+        yield Fact("Peak memory", size(peak), str(facts.get("device") or ""))
     if told.points and (loss := told.points[-1].loss) is not None:
         first = told.points[0].loss
         yield Fact("Loss", f"{loss:.4f}", "" if first is None else f"{first:.4f} at first")
+
+
+def _chosen(run: Run) -> str:
+    """How the exported step was chosen, and that this makes its numbers a little too good."""
+    metric = metrics.named(str(mapping(run.result.get("best")).get("metric")))
+    count = len(run.evaluations)
+    return f"the best of {count:,} by {metric}: chosen on the rows that judge it, which flatters it a little"
 
 
 def _restarts(run: Run) -> str:

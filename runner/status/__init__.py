@@ -55,7 +55,7 @@ def _list_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR | URI",
         help="a folder of runs, or what jobs name in checkpoints.uri: s3://bucket/prefix (default: runs)",
     )
-    parser.add_argument("--json", action="store_true", help="for programs (docs/status.md)")
+    parser.add_argument("--json", action="store_true", help="for programs (docs/list.md)")
     parser.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")
 
 

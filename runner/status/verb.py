@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +21,11 @@ from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.errors import RunnerError
 from runner.events import Event
-from runner.job_words import split
+from runner.job_words import refuse_missing_run, split
 from runner.manifest import Job
 from runner.status.runs import kept_at
 from runner.status.standing import Standing, standing
-from runner.supervisor.progress import change_lines, duration, printable
+from runner.supervisor.progress import change_lines, duration, moment, printable
 
 _PARTS = 4
 """Parts of the events that are read, the newest of the owner that wrote last."""
@@ -106,7 +105,9 @@ def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
         return kept_at(folder) or words[0], None
     from runner.settings import resolve
 
-    job = resolve(*split(words), os.environ).job
+    file, overrides = split(words)
+    refuse_missing_run("status", file)
+    job = resolve(file, overrides, os.environ).job
     settings = job.checkpoints
     arguments.expected_bucket_owner = arguments.expected_bucket_owner or settings.expected_bucket_owner
     return run_place(settings.uri, job.name, (Path("runs") / job.name).absolute()), job
@@ -172,7 +173,7 @@ def text(place: str, here: Standing) -> str:
     ]
     if here.events:
         lines.append("  last events:")
-        lines += [f"    {_clock(event)}  {_line(_words(event))}" for event in here.events]
+        lines += [f"    {moment(event.get('time')) or '?'}  {_line(_words(event))}" for event in here.events]
     return printable("\n".join(lines))
 
 
@@ -202,16 +203,6 @@ def _loss(here: Standing) -> str:
 
 def _eta(here: Standing) -> str:
     return "" if here.eta is None else f", ETA {duration(here.eta)}"
-
-
-def _clock(event: Event) -> str:
-    at = event.get("time")
-    if not isinstance(at, int | float):
-        return "?"
-    try:
-        return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(at))
-    except (ValueError, OverflowError, OSError):  # what a machine wrote whose clock was none
-        return "?"
 
 
 def _words(event: Event) -> str:

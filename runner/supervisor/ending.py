@@ -2,8 +2,7 @@
 
 relaxed accuracy  0.00 -> 0.92  (n=320)
 done: 250 steps in 3:10, 2 attempts; runs/demo-sft/adapter
-next: runner report runs/demo-sft
-      runner export runs/demo-sft --to demo-sft-export
+next: runner export runs/demo-sft --to demo-sft-export
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ def _chosen(ended: Result) -> list[str]:
     return [f"{early}kept: step {best['step']}, the best by {by}"]
 
 
-def next_lines(run: Path, program: str) -> list[str]:
+def next_lines(run: Path, program: str, report: bool) -> list[str]:
     """What to type next.
 
     Args:
         run: `runs/<name>`.
         program: the command line's own name.
+        report: whether the command itself leaves one, and says where.
     """
     folder = shlex.quote(near(run))
-    return [
-        f"next: {program} report {folder}",
-        f"      {program} export {folder} --to {shlex.quote(f'{run.name}-export')}",
-    ]
+    asked = [] if report else [f"{program} report {folder}"]
+    lines = [*asked, f"{program} export {folder} --to {shlex.quote(f'{run.name}-export')}"]
+    return [f"{'      ' if number else 'next: '}{line}" for number, line in enumerate(lines)]

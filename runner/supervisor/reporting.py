@@ -11,10 +11,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from runner.supervisor.display import Display
 from runner.supervisor.notices import Notices
+from runner.supervisor.progress import near
 from runner.supervisor.run_folder import RunFolder
 
 VARIABLE = "RUNNER_REPORT"
@@ -26,6 +28,11 @@ ENOUGH = 15.0
 """Seconds that a machine which goes away must have left for one to be begun."""
 
 _LOOK = 0.1
+
+
+def not_off(environ: Mapping[str, str]) -> bool:
+    """Whether somebody may get a report at all."""
+    return environ.get(VARIABLE) != "off"
 
 
 def wanted(setting: str | None, job: bool, left: float | None, hurry: bool) -> bool:
@@ -48,21 +55,16 @@ def wanted(setting: str | None, job: bool, left: float | None, hurry: bool) -> b
 
 
 @contextlib.contextmanager
-def reported(folder: RunFolder, notices: Notices, line: Callable[[str], object]) -> Iterator[None]:
-    """Write `report.html` when the block has ended, however it did.
-
-    Args:
-        line: says something to the person.
-    """
+def reported(folder: RunFolder, notices: Notices, screen: Display) -> Iterator[None]:
+    """Write `report.html` when the block has ended, however it did; the screen is told, a warning aloud."""
     try:
         yield
     finally:
         if wanted(os.environ.get(VARIABLE), folder.job.is_file(), notices.left, notices.hurry):
-            line(written(folder.path, notices, os.environ))
+            _write(folder.path, notices, os.environ, screen)
 
 
-def written(folder: Path, notices: Notices, environ: Mapping[str, str]) -> str:
-    """Make the report now; returns where it is, or a warning."""
+def _write(folder: Path, notices: Notices, environ: Mapping[str, str], screen: Display) -> None:
     command = [sys.executable, "-m", "runner", "report", str(folder)]
     try:
         with subprocess.Popen(
@@ -76,8 +78,9 @@ def written(folder: Path, notices: Notices, environ: Mapping[str, str]) -> str:
     except OSError as error:
         reason = str(error)
     if reason is None:
-        return f"report: {folder / 'report.html'}"
-    return f"warning: no report was written: {reason}; `runner report {folder}` makes it"
+        screen.line(f"report: {near(folder / 'report.html')}")
+    else:
+        screen.loud(f"warning: no report was written: {reason}; `runner report {near(folder)}` makes it")
 
 
 def _ended(process: subprocess.Popen[bytes], notices: Notices) -> str | None:

@@ -34,6 +34,7 @@
   const words = rows.map((row) => row.textContent.toLowerCase());
   const status = document.querySelector(".status");
   const said = status.textContent;
+  const first = Number(status.dataset.total) > rows.length ? "the first " : "";
   const more = document.getElementById("more");
   const search = document.getElementById("search");
   let most = AT_ONCE;
@@ -46,7 +47,7 @@
     for (const row of rows) row.hidden = !shown.has(row);
     more.hidden = found.length <= most;
     more.textContent = `Show ${Math.min(AT_ONCE, found.length - most)} more`;
-    status.textContent = became || wanted ? `${found.length} of ${rows.length} rows` : said;
+    status.textContent = became || wanted ? `${found.length} of ${first}${rows.length} rows` : said;
   };
   const anew = () => { most = AT_ONCE; show(); };
   tools.hidden = false;
