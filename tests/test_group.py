@@ -364,7 +364,7 @@ def test_two_ranks_do_one_run(pair: Bench, undisturbed: str) -> None:
     folder = pair.run / "attempts" / "1"
     for name in ("trainer.log", "trainer-1.log", "outcome.json", "outcome-1.json"):
         assert (folder / name).is_file(), name
-    assert "on each of 2 processes" in output
+    assert "4 rows at once x 2 processes" in output
     assert pair.result()["fidelity"] is None
     assert pair.head().geometry == {"per_device": 4, "asked": "auto", "world": 2, "strategy": "ddp"}
     assert left(pair.run) == []

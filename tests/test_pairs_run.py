@@ -62,6 +62,9 @@ def test_metrics_before_on_the_way_and_after(tmp_path: Path, goes_on: bool) -> N
     )
     assert outcome["metrics"]["before"]["reward_accuracy"] is None
     told = [event for event in events if event["event"] == "evaluation"]
+    (loss,) = (event for event in told if "eval_loss" in event["metrics"])
+    told.remove(loss)
+    assert (loss["when"], loss["step"]) == ("during", 1)
     assert [(event["when"], event["step"]) for event in told] == [("before", 0), ("during", 1), ("after", 2)]
     for label, metrics in (("step-00000001", told[1]["metrics"]), ("after", outcome["metrics"]["after"])):
         margins = [
