@@ -45,6 +45,7 @@ from runner.train.listening import Listener
 from runner.train.memory import memory_named
 from runner.train.models import model as models
 from runner.train.models.architectures import parts
+from runner.train.tensor_files import writing
 
 OUT_OF_MEMORY = (
     "export: out of memory. Remedy: a machine with more memory, --dtype bfloat16, or an adapter alone, "
@@ -81,7 +82,7 @@ def export(order: Order, channel: Channel) -> Made:
 
 def _as_it_is(order: Order, channel: Channel, processor: ProcessorMixin) -> Steps:
     channel.send("phase", phase="loading the base and the adapter")
-    with merging.writing("write the export", order.to):
+    with writing("write the export", order.to):
         shutil.copytree(order.trained, order.to)
         processor.save_pretrained(order.to)
     if order.kind == "model":

@@ -11,22 +11,17 @@ PEFT trains of tied embeddings it puts into both.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel, ProcessorMixin
 
-from runner.durable import disk
 from runner.errors import DataError, JobError, Problem
 from runner.manifest import Job
 from runner.train.memory import is_out_of_memory
 from runner.train.models import model as models
+from runner.train.tensor_files import writing
 
 MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of values of `init_lora_weights` that change the base when the adapter is made (PEFT 0.21). Over
@@ -127,19 +122,6 @@ def save(model: PreTrainedModel, processor: ProcessorMixin, to: Path) -> None:
         to.mkdir(parents=True)
         model.save_pretrained(to)
         processor.save_pretrained(to)
-
-
-@contextlib.contextmanager
-def writing(operation: str, folder: Path) -> Iterator[None]:
-    """`runner.durable.disk`, also for what safetensors (0.8) says of a disk: in words alone."""
-    with disk(operation, folder):
-        try:
-            yield
-        except SafetensorError as error:
-            found = re.search(r"os error (\d+)", str(error))
-            if found is None:
-                raise
-            raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _heads(model: PreTrainedModel) -> tuple[torch.nn.Module, torch.nn.Module] | None:

@@ -25,8 +25,6 @@ import contextlib
 import copy
 import hashlib
 import json
-import os
-import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -41,9 +39,8 @@ from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from runner.checkpoint import adapter_file
-from runner.durable import disk
 from runner.errors import DataError, RunnerError
-from runner.train import rng
+from runner.train import rng, tensor_files
 from runner.train.gathering import Engine, States, laid_out, trainable
 from runner.train.memory import is_out_of_memory
 from runner.train.references import References
@@ -195,15 +192,8 @@ def save(
 def writing(folder: Path) -> Iterator[None]:
     """Inside, files are written. Half of them would take the room that an outcome needs."""
     try:
-        with disk("save a checkpoint", folder):
-            try:
-                yield
-            except SafetensorError as error:
-                # safetensors (0.8) has no other way to say it.
-                found = re.search(r"os error (\d+)", str(error))
-                if found is None:
-                    raise
-                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        with tensor_files.writing("save a checkpoint", folder):
+            yield
     except RunnerError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
