@@ -14,7 +14,6 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from runner import __version__
@@ -25,7 +24,7 @@ from runner.errors import JobError, RunnerError, UsageError
 from runner.export.verb import EXPORT
 from runner.health import HEALTH
 from runner.job.secrets import without_secrets
-from runner.job_words import SOURCES, job_arguments, split
+from runner.job_words import SOURCES, job_arguments, runs_argument, split
 from runner.last_words import spoken
 from runner.render_verb import RENDER
 from runner.report import REPORT
@@ -118,9 +117,7 @@ def _validate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _runs_arguments(parser: argparse.ArgumentParser) -> None:
     job_arguments(parser)
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
-    )
+    runs_argument(parser)
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,6 +22,13 @@ def job_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def runs_argument(parser: argparse.ArgumentParser) -> None:
+    """`--runs`, of every verb that finds a run by its name."""
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
+    )
+
+
 def split(words: list[str]) -> tuple[str | None, list[str]]:
     """The job file and the overrides. A word is an override when a key could stand before its first `=`.
 

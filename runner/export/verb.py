@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from runner.command import Verb, complain, say
 from runner.errors import UsageError
+from runner.job_words import runs_argument
 
 if TYPE_CHECKING:
     from runner.export.build import Exported
@@ -46,9 +47,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--license", metavar="ID", help="for the card, as apache-2.0 (default: none is said)")
     parser.add_argument("--push-to-hub", metavar="REPO", help="also upload it, as user/name; private")
     parser.add_argument("--public", action="store_true", help="with --push-to-hub: for everybody to see")
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
-    )
+    runs_argument(parser)
     store_arguments(parser)
 
 

@@ -16,7 +16,7 @@ import argparse
 from pathlib import Path
 
 from runner.command import Verb
-from runner.job_words import job_arguments
+from runner.job_words import job_arguments, runs_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,9 +24,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         f"{parser.description}\nA folder of a run or the address of its store may stand for JOB."
     )
-    parser.add_argument(
-        "--runs", type=Path, default=Path("runs"), metavar="DIR", help="where runs are kept (default: runs)"
-    )
+    runs_argument(parser)
     parser.add_argument(
         "--to",
         type=Path,
