@@ -152,8 +152,7 @@ def _fetched(store: Store, entry: Entry, end: bool, wish: Wish, to: Path) -> tup
     manifest = Manifests(store).get(entry)
     step = entry.step
     if end and not wish.checkpoint:
-        told = manifest.extra.get(TRAINED)
-        step = told if isinstance(told, int) else step  # ends of before this was told
+        step = trained_step(entry, manifest)
         if wish.step not in (None, step):
             raise _OtherStep(
                 f"pull: the end of {store.place} holds what was best, at step {step}, and no checkpoint of "
@@ -166,6 +165,12 @@ def _fetched(store: Store, entry: Entry, end: bool, wish: Wish, to: Path) -> tup
             folder, what = made(store, manifest, wish, Path(scratch))
             move(folder, to)
     return what, step
+
+
+def trained_step(end: Entry, manifest: Manifest) -> int:
+    """The step whose parameters the end of a run holds; of one that does not tell, the last."""
+    told = manifest.extra.get(TRAINED)
+    return told if isinstance(told, int) else end.step
 
 
 def _from_end(store: Store, manifest: Manifest, wish: Wish, scratch: Path) -> tuple[Path, str]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +22,9 @@ from pydantic import ValidationError
 
 from runner.checkpoint.find import head_of
 from runner.checkpoint.head import IDENTITY
+from runner.checkpoint.manifests import Manifests
 from runner.checkpoint.place import run_place
-from runner.checkpoint.pull import Wish, pull
+from runner.checkpoint.pull import Wish, pull, trained_step
 from runner.checkpoint_verbs import place_of
 from runner.command import complain
 from runner.errors import DataError, UsageError
@@ -149,7 +149,7 @@ def _from_store(arguments: argparse.Namespace, work: Path) -> Trained:
     if found is None:
         raise DataError(f"export: {store.place} has no {IDENTITY}, which says what its run trained")
     stored = identity.decode(found.data, f"{store.place}/{IDENTITY}")
-    at_end = final is not None and step in (None, final.step)
+    at_end = final is not None and step in (None, trained_step(final, Manifests(store).get(final)))
     wish = Wish(id=final.id, checkpoint=True) if final is not None and at_end else Wish(step=step)
     to = work / "pulled"
 
@@ -157,15 +157,11 @@ def _from_store(arguments: argparse.Namespace, work: Path) -> Trained:
         complain(f"warning: {line}")
 
     done = pull(store, place.open(store.place), wish, to, warn)
-    ended = result.read(to / "result.json") if at_end else None
-    if ended is not None and step not in (None, ended.exported_step):
-        # What the run ended with is the best step's, and the last is what somebody asked for.
-        shutil.rmtree(to)
-        done, at_end = pull(store, place.open(store.place), Wish(step=step), to, warn), False
     if not at_end:
         if final is None and step is None:
             warn(f"{store.place} is not done: exporting its newest checkpoint, step {done.entry.step}")
         return Trained(to, False, _job(stored, store.place), stored, done.entry.step, None, None)
+    ended = result.read(to / "result.json")
     trained = None if ended is None else _ended(to, stored, ended)
     if trained is None:
         raise DataError(f"export: the end of the run in {store.place} holds neither adapter nor model")
