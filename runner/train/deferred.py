@@ -4,23 +4,42 @@ bitsandbytes (0.50) decorates its fallbacks with `torch.compile` while it is imp
 of inductor: about a second of every start, for functions that neither a GPU nor an x86 CPU calls. Here they
 are compiled when they are first called. It can go when bitsandbytes does so itself; tests/test_upstream.py
 says when.
+
+The large libraries are imported without garbage collection: modules are no garbage, and to look through a
+million of their objects again and again is a sixth of the time. What they made is not looked at later either.
 """
 
 from __future__ import annotations
 
 import functools
+import gc
+import importlib
 from collections.abc import Callable
 from typing import Any
 
-import torch
+
+def _import_libraries() -> None:
+    """Those that every process imports that imports this."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        _import_bitsandbytes()
+        for name in ("transformers.modeling_utils", "peft", "datasets"):
+            importlib.import_module(name)
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
 
 
 def _import_bitsandbytes() -> None:
     """Without inductor."""
+    import torch
+
     compile_now = torch.compile
     torch.compile = functools.partial(_when_called, compile_now)
     try:
-        import bitsandbytes  # noqa: F401
+        importlib.import_module("bitsandbytes")
     finally:
         torch.compile = compile_now
 
@@ -43,4 +62,4 @@ def _when_called(
     return call
 
 
-_import_bitsandbytes()
+_import_libraries()

@@ -47,6 +47,8 @@ class Candidate:
     pictures: str = ""
     """Hash of the images that it shows, in their order; rows of one hash show the same."""
     tokens: int = 0
+    text_tokens: int = 0
+    """Of them those of its text, each image one placeholder."""
     scale: float = 1.0
     """Factor that its images are shrunk by."""
 
@@ -149,26 +151,25 @@ def _counted(
     text = rows.select_columns([name for name in rows.column_names if name != "images"])
     probes = [_row(rows, usable[number]) for number in spread([row.sizes for row in usable])]
     counter = TokenCounter(collator, probes)
-    if counter.needs_images:
-        counts = [count for row in usable for count in counter.count([_row(rows, row)])]
-    else:
-        said = text.select([row.position for row in usable])
-        lengths = text_lengths(said, counter, collator.processor, [row.digest for row in usable])
-        counts = [counter.total(length, row.sizes) for length, row in zip(lengths, usable, strict=True)]
-    for row, tokens in zip(usable, counts, strict=True):
-        if isinstance(tokens, Unfit):
+    said = text.select([row.position for row in usable])
+    lengths = text_lengths(said, counter, collator.processor, [row.digest for row in usable])
+    for row, length in zip(usable, lengths, strict=True):
+        what = _row(rows, row) if counter.needs_images else Counted({}, row.sizes)
+        tokens = counter.whole(length, what)
+        if isinstance(length, Unfit) or isinstance(tokens, Unfit):
             parted.unfit.append(replace(row, problem=str(tokens)))
-        elif tokens <= limit:
-            parted.fit.append(replace(row, tokens=tokens))
+            continue
+        known = replace(row, tokens=tokens, text_tokens=length)
+        if tokens <= limit:
+            parted.fit.append(known)
         else:
-            _fitted(row, _row(text, row), tokens, counter, policy, limit, parted)
+            _fitted(known, _row(text, row), counter, policy, limit, parted)
     return parted
 
 
 def _fitted(
     row: Candidate,
     what: Counted,
-    tokens: int,
     counter: TokenCounter,
     policy: Datasets,
     limit: int,
@@ -177,7 +178,7 @@ def _fitted(
     """Shrink a row that is too long, where that is the policy and helps."""
     fitting = counter.fitting(what, limit) if policy.on_overflow == "resize" else None
     if fitting is None:
-        parted.long.append(replace(row, problem=f"{tokens:,} tokens", tokens=tokens))
+        parted.long.append(replace(row, problem=f"{row.tokens:,} tokens"))
         return
     scale, fewer = fitting
     note = f"images shrunk to fit {limit:,} tokens"

@@ -12,7 +12,6 @@ from runner.facts import DataFacts, Percentiles
 from runner.train import probe
 from runner.train.data.collator import Collator
 from runner.train.data.rows import Rows
-from runner.train.data.tokens import TokenCounter
 
 
 def measure(
@@ -26,12 +25,9 @@ def measure(
         total: rows that the job trains on.
         savings: what of the job's `speed` is in force.
     """
-    tokens, images = rows.dataset["tokens"][:], rows.dataset["image_count"][:]
-    shown = rows.dataset.select_columns([name for name in rows.dataset.column_names if name != "images"])
-    added = []
-    for whole, text, count in zip(tokens, TokenCounter(collator, []).text_tokens(shown), images, strict=True):
-        assert isinstance(text, int)  # what cannot be rendered is not among prepared rows
-        added.append(whole - text + count)  # each image was one placeholder of the text
+    tokens, texts, images = (rows.dataset[name][:] for name in ("tokens", "text_tokens", "image_count"))
+    # Each image was one placeholder of the text.
+    added = [whole - text + count for whole, text, count in zip(tokens, texts, images, strict=True)]
     largest = collator([probe.worst(rows, collator).largest])
     # A pair's images stand there twice, where they are not shared.
     copies = 2 if rows.form == "preference" and "sharing" not in largest else 1

@@ -59,6 +59,7 @@ _EXTRAS = Features(
         "index": Value("int64"),
         "image_count": Value("int32"),
         "tokens": Value("int32"),
+        "text_tokens": Value("int32"),
         "scale": Value("float64"),
         "pixels": Value("int64"),
         "pictures": _TEXT,
@@ -86,6 +87,7 @@ class Rows:
                       on, and a strategy that shards the model over several cannot
         tokens        its length, image tokens included, when it is collated alone; of a pair, that of the
                       longer sequence
+        text_tokens   of them those of its text, each image one placeholder
         scale         factor that its images are shrunk by; 1.0 but for on_overflow: resize
         pixels        of all images that it shows, before the processor
         pictures      SHA-256 of the images that it shows, as they are shown; equal where the images are, null
@@ -279,6 +281,7 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         "index": [-1] * len(joined),
         "image_count": list(counts),
         "tokens": [0] * len(joined),
+        "text_tokens": [0] * len(joined),
         "scale": [1.0] * len(joined),
         "pixels": [0] * len(joined),
         "pictures": [None] * len(joined),
@@ -288,6 +291,7 @@ def _dataset(joined: Dataset, kept: Sequence[Candidate], counts: Sequence[int]) 
         extras["row"][row.position] = row.name
         extras["index"][row.position] = index
         extras["tokens"][row.position] = row.tokens
+        extras["text_tokens"][row.position] = row.text_tokens
         extras["scale"][row.position] = row.scale
         if counts[row.position]:
             extras["pictures"][row.position] = _hash(f"{row.pictures} {row.scale!r}")

@@ -79,7 +79,7 @@ class TokenCounter:
     def count(self, rows: Sequence[Counted]) -> list[int | Unfit]:
         """Tokens of every row, or why the chat template or the processor refuses it."""
         texts = self.text_tokens([row.row for row in rows])
-        return [self._count(text, row) for text, row in zip(texts, rows, strict=True)]
+        return [self.whole(text, row) for text, row in zip(texts, rows, strict=True)]
 
     def text_tokens(self, rows: Sequence[Mapping[str, Any]]) -> list[int | Unfit]:
         """Tokens of every row with each image as one placeholder; of a pair, those of the longer sequence."""
@@ -112,7 +112,7 @@ class TokenCounter:
             return None
 
         def total(scale: float) -> int | Unfit:
-            return self.total(text, [scaled(*size, scale) for size in row.sizes])
+            return self._total(text, [scaled(*size, scale) for size in row.sizes])
 
         smallest = SMALLEST_SIDE / min(min(size) for size in row.sizes)
         least = total(smallest) if smallest < 1.0 else None
@@ -160,12 +160,16 @@ class TokenCounter:
                 self._added[size] = Unfit(f"the processor refuses an image of {size[1]} x {size[0]}: {error}")
         return self._added[size]
 
-    def _count(self, text: int | Unfit, row: Counted) -> int | Unfit:
-        really = self._measure is None and not isinstance(text, Unfit)
-        return self._really(row) if really else self.total(text, row.sizes)
+    def whole(self, text: int | Unfit, row: Counted) -> int | Unfit:
+        """Tokens of a row with its images, from those of its text.
 
-    def total(self, text: int | Unfit, sizes: Sequence[Size]) -> int | Unfit:
-        """Tokens of a row with its images, from those of its text; only where no images are needed."""
+        Args:
+            row: only its sizes are looked at, unless `needs_images`.
+        """
+        really = self._measure is None and not isinstance(text, Unfit)
+        return self._really(row) if really else self._total(text, row.sizes)
+
+    def _total(self, text: int | Unfit, sizes: Sequence[Size]) -> int | Unfit:
         if isinstance(text, Unfit):
             return text
         assert self._measure is not None
