@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from runner.errors import DataError, UsageError
+from runner.errors import UsageError
 
 SOURCES = """\
 JOB is a YAML file. Without it the job comes from JOB_FILE (a path or s3://) or JOB_YAML (the text itself).
@@ -43,24 +43,3 @@ def split(words: list[str]) -> tuple[str | None, list[str]]:
             "    remedy: name one; write values as key=value, in quotes when they have blanks"
         )
     return (files[0] if files else None), overrides
-
-
-def refuse_missing_run(verb: str, word: str | None) -> None:
-    """A word that stands for a run, where a job may stand, and names nothing that is there.
-
-    word                   there   answer
-    runs/my-charts         yes     goes on
-    runs/my-charts, name   no      refused here: a person means a run by it
-    job.yaml, job.yml      no      goes on: who reads the job says what is wrong
-    s3://..., none         -       goes on
-
-    Raises:
-        DataError: there is no such run.
-    """
-    if word is None or "://" in word or word.endswith((".yaml", ".yml")):
-        return
-    if not Path(word).expanduser().exists():
-        raise DataError(
-            f"{verb}: {word} is not there; remedy: name a run as its folder, runs/<name>, or its job file; "
-            "runner list says which runs there are"
-        )

@@ -18,8 +18,9 @@ from runner.report.marks import Mark
 from runner.report.metrics import Estimate
 from runner.report.read import Run, read, state_of
 from runner.report.render import embedded
-from runner.report.verb import Source, named
+from runner.report.verb import named_runs
 from runner.report.view import page
+from runner.run_words import named
 from runner.settings import resolve
 from runner.supervisor.reporting import ENOUGH, wanted
 from runner.train.evaluation import metrics as single
@@ -232,17 +233,17 @@ def test_whether_a_run_that_ends_gets_a_report(
 
 def test_which_runs_words_name(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    (runs / "a").mkdir(parents=True)
-    a, store = str(runs / "a"), "s3://bucket/prefix/b"
-    assert named([a], runs) == [Source(runs / "a", None)]
-    assert named([a, store], runs) == [Source(runs / "a", None), Source(None, store)]
-    assert named([GOOD], runs) == [Source(runs / "good", None)]
-    assert named([GOOD, "name=b"], runs) == [Source(runs / "b", None)]
-    in_store = [GOOD, "name=b", "checkpoints.uri=s3://bucket/prefix"]
-    assert named(in_store, runs) == [Source(None, store)]
-    for words in ([a, "name=b"], [GOOD, a, "name=b"]):
-        with pytest.raises(UsageError, match="values change a job"):
-            named(words, runs)
+    a, b = marked(runs / "a"), "s3://bucket/prefix/b"
+    assert named_runs([a, b, GOOD], runs) == [named("report", [one], runs) for one in (a, b, GOOD)]
+    assert [one.job and one.job.name for one in named_runs([GOOD, "name=b"], runs)] == ["b"]
+    with pytest.raises(UsageError, match="values change a job, and there are several runs"):
+        named_runs([GOOD, a, "name=b"], runs)
+
+
+def marked(folder: Path) -> str:
+    folder.mkdir(parents=True)
+    (folder / "events.jsonl").touch()
+    return str(folder)
 
 
 # --- what events add up to ---

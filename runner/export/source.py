@@ -1,20 +1,14 @@
-"""Which run a person means, and what it has to export: on this machine, or fetched from its store.
+"""What the run that a person named has to export: on this machine, or fetched from its store.
 
-    given            that is                               trained here, and done    else
-    no word, a file  a job: runs/<name>                    runs/<name>/adapter       its store, by its job
-    a folder         a run's, if it has a job.yaml         <folder>/adapter          its store, by its job
-                     else a store, or a run's inside       -                         that store
-    s3://, file://   a store                               -                         that store
-
-A store of a done run has the end of it, checked file by file; of any other the adapter of its newest
-committed checkpoint. `--step` asks for the checkpoint of a step. What a run trained is said by its own
-`run.json`, not by a job file that may have changed since.
+A run that was trained here and is done has it in its folder, any other in its store. A store of a done run
+has the end of it, checked file by file; of any other the adapter of its newest committed checkpoint.
+`--step` asks for the checkpoint of a step. What a run trained is said by its own `run.json`, not by a job
+file that may have changed since.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,14 +17,12 @@ from pydantic import ValidationError
 from runner.checkpoint.find import head_of
 from runner.checkpoint.head import IDENTITY
 from runner.checkpoint.manifests import Manifests
-from runner.checkpoint.place import run_place
 from runner.checkpoint.pull import Wish, pull, trained_step
 from runner.checkpoint_verbs import place_of
 from runner.command import complain
-from runner.errors import DataError, UsageError
-from runner.job_words import refuse_missing_run, split
-from runner.manifest import Checkpoints, Job
-from runner.settings import resolve
+from runner.errors import DataError
+from runner.manifest import Job
+from runner.run_words import named
 from runner.supervisor import identity, result
 from runner.supervisor.fetch import key
 from runner.supervisor.hub import Kind
@@ -77,43 +69,18 @@ def find(arguments: argparse.Namespace, work: Path) -> Trained:
         DataError: there is no run, or it has nothing to export.
         StorageError, AccessDenied: its store.
     """
-    folder, settings = _named(arguments)
-    if folder is None:
-        return _from_store(arguments, work)
-    if (here := _ended_here(folder, arguments.step)) is not None:
-        return here
-    if not folder.path.is_dir() and settings.uri is None:
-        raise DataError(
-            f"export: {folder.path} is not there; remedy: train the job first, name the folder of its runs "
-            "with --runs, or the address of its checkpoints"
-        )
-    arguments.uri = run_place(settings.uri, folder.path.name, folder.path)
-    arguments.kms_key_id = arguments.kms_key_id or settings.kms_key_id
-    arguments.expected_bucket_owner = arguments.expected_bucket_owner or settings.expected_bucket_owner
-    arguments.allow_unfenced = arguments.allow_unfenced or settings.allow_unfenced
-    return _from_store(arguments, work)
-
-
-def _named(arguments: argparse.Namespace) -> tuple[RunFolder | None, Checkpoints]:
-    """The run's folder, which need not be there; None with `arguments.uri` set where a store was named."""
-    words: list[str] = arguments.words
-    file, overrides = split(words)
-    if file is not None and ("://" in file or Path(file).expanduser().is_dir()):
-        if overrides:
-            raise UsageError(
-                f"export: {overrides[0]} changes a job, and {file} is a run\n"
-                "    remedy: leave it out: what a run trained is what it says"
+    run = named("export", arguments.words, arguments.runs)
+    folder = None if run.folder is None else RunFolder(run.folder.absolute())
+    if folder is not None:
+        if (here := _ended_here(folder, arguments.step)) is not None:
+            return here
+        if not folder.path.is_dir() and run.settings.uri is None:
+            raise DataError(
+                f"export: {folder.path} is not there; remedy: train the job first, name the folder of its "
+                "runs with --runs, or the address of its checkpoints"
             )
-        path = Path(file).expanduser().absolute()
-        if "://" in file or not (path / "job.yaml").is_file():
-            arguments.uri = file
-            return None, Checkpoints()
-        folder = RunFolder(path)
-        stored = identity.read(folder.identity)
-        return folder, Checkpoints() if stored is None else _job(stored, str(path)).checkpoints
-    refuse_missing_run("export", file)
-    job = resolve(file, overrides, os.environ).job
-    return RunFolder((arguments.runs / job.name).absolute()), job.checkpoints
+    run.reach(arguments)
+    return _from_store(arguments, work)
 
 
 def _ended_here(folder: RunFolder, step: int | None) -> Trained | None:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from runner.checkpoint.place import run_place
 from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.durable import disk, scratch, write_text
 from runner.errors import UsageError
-from runner.job_words import refuse_missing_run, split
+from runner.job_words import split
 from runner.report import render, stored, view
 from runner.report.compare import Comparison, compare
 from runner.report.read import Run, is_run, read
-from runner.settings import resolve
+from runner.run_words import Named, named
 from runner.supervisor.progress import printable
 
 NAME = "report.html"
@@ -26,14 +23,6 @@ NAME = "report.html"
 
 _WIDEST = 44
 """Characters of a cell on a terminal."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a run is."""
-
-    folder: Path | None
-    uri: str | None
 
 
 def report(arguments: argparse.Namespace) -> int:
@@ -45,15 +34,14 @@ def report(arguments: argparse.Namespace) -> int:
         JobError: a job that they name is wrong.
         StorageError, AccessDenied: the disk, or the store.
     """
-    arguments.kms_key_id, arguments.allow_unfenced = None, False
     return closing(_report)(arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    sources = named(arguments.words, arguments.runs)
-    runs = [_read(source, arguments) for source in sources]
+    given = named_runs(arguments.words, arguments.runs)
+    runs = [_read(one, arguments) for one in given]
     if len(runs) == 1:
-        file = arguments.to or _own_file(sources[0], runs[0])
+        file = arguments.to or _own_file(given[0], runs[0])
         page = view.page(runs[0])
         write(file, render.html(page))
         say(printable(f"{runs[0].name}: {page.verdict.word}. {page.verdict.sentence}\nreport: {file}"))
@@ -65,31 +53,20 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def named(words: Sequence[str], runs: Path) -> list[Source]:
-    """The runs that the words of a command line name.
-
-    words                        runs
-    runs/a                       that folder
-    s3://bucket/prefix/a         that store
-    a.yaml                       runs/<its name>, or its store if that is no run
-    a.yaml name=b                the same, of the job with that change
-    (nothing)                    of JOB_FILE or JOB_YAML
-    runs/a b.yaml s3://...       each of them
-    runs/a name=b                refused
+def named_runs(words: Sequence[str], runs: Path) -> list[Named]:
+    """The runs that the words of a command line name: each that is no key=value one of them.
 
     Raises:
-        UsageError: overrides beside something that is no job, or beside several.
+        UsageError: key=value beside several.
     """
     files, overrides = _parted(words)
-    if not files:
-        return [_of_job(None, overrides, runs)]
-    if overrides and (len(files) > 1 or _is_place(files[0])):
+    if overrides and len(files) > 1:
         raise UsageError(
-            f"report: {' '.join(overrides)}: values change a job, and there "
-            f"{'are several runs' if len(files) > 1 else 'is none'}\n"
+            f"report: {' '.join(overrides)}: values change a job, and there are several runs\n"
             "    remedy: name one job file with them, or the folders of the runs without"
         )
-    return [_of_place(word) if _is_place(word) else _of_job(word, overrides, runs) for word in files]
+    given = [[file, *overrides] for file in files] or [overrides]
+    return [named("report", one, runs) for one in given]
 
 
 def write(file: Path, html: str) -> None:
@@ -128,34 +105,25 @@ def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return [word for word in words if word not in overrides], overrides
 
 
-def _is_place(word: str) -> bool:
-    return "://" in word or Path(word).expanduser().is_dir()
+def _folder(run: Named) -> Path | None:
+    """Where a run is read on this machine; None: from its store."""
+    if run.folder is None or (run.settings.uri is not None and not is_run(run.folder)):
+        return None
+    return run.folder
 
 
-def _of_place(word: str) -> Source:
-    return Source(None, word) if "://" in word else Source(Path(word).expanduser(), None)
-
-
-def _of_job(file: str | None, overrides: list[str], runs: Path) -> Source:
-    refuse_missing_run("report", file)
-    job = resolve(file, overrides, os.environ).job
-    folder = runs / job.name
-    if not is_run(folder) and job.checkpoints.uri is not None:
-        return Source(None, run_place(job.checkpoints.uri, job.name, folder.absolute()))
-    return Source(folder, None)
-
-
-def _read(source: Source, arguments: argparse.Namespace) -> Run:
-    if source.folder is not None:
-        return read(source.folder)
-    arguments.uri = source.uri
+def _read(run: Named, arguments: argparse.Namespace) -> Run:
+    if (folder := _folder(run)) is not None:
+        return read(folder)
+    run.reach(arguments)
     store = place_of(arguments).store()
-    with scratch("read a run from its store") as folder:
-        return read(stored.fetch(store, folder), store.place, done=True)
+    with scratch("read a run from its store") as work:
+        return read(stored.fetch(store, work), store.place, done=True)
 
 
-def _own_file(source: Source, run: Run) -> Path:
-    return Path(f"report-{_file_name(run.name)}.html") if source.folder is None else source.folder / NAME
+def _own_file(named_as: Named, run: Run) -> Path:
+    folder = _folder(named_as)
+    return Path(f"report-{_file_name(run.name)}.html") if folder is None else folder / NAME
 
 
 def _file_name(label: str) -> str:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 
 from runner.command import Verb
+from runner.job_words import runs_argument
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         metavar="JOB key=value | URI",
         help="the job, or where it keeps its checkpoints: s3://bucket/prefix/name, or runs/name",
     )
+    runs_argument(parser)
     parser.add_argument("--json", action="store_true", help="for programs (docs/status.md)")
     parser.add_argument("--context", metavar="NAME", help="of kubectl (default: the current one)")
     parser.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")

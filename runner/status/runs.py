@@ -18,18 +18,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
-import yaml
-
 from runner.checkpoint.folder import FolderStore
 from runner.checkpoint.head import BLOBS, HEAD, MANIFESTS, is_manifest
 from runner.checkpoint.lease import decoded, refuse_headless
-from runner.checkpoint.place import open_store, run_place
+from runner.checkpoint.place import open_store
 from runner.checkpoint.s3 import S3Store
 from runner.checkpoint.store import BootClock, Patience, Store
 from runner.command import complain
 from runner.durable import disk
 from runner.errors import DataError, JobError, RunnerError, StorageError, UsageError
-from runner.job.yaml_source import LOADER
+from runner.run_words import kept_at
 from runner.status.rows import Row, Size, of_standing, of_trouble
 from runner.status.standing import standing
 
@@ -152,26 +150,6 @@ class Runs:
                     raise UsageError(f"{problem.reason}\n    remedy: {problem.remedy}") from error
                 self._buckets[uri] = cast(S3Store, store)
             return self._buckets[uri]
-
-
-def kept_at(folder: Path) -> str | None:
-    """Where the run of a folder `runs/<name>` keeps its checkpoints; None: there.
-
-    Raises:
-        DataError: its job.yaml is none.
-    """
-    file = folder / "job.yaml"
-    if not file.is_file():
-        return None
-    with disk("read the job", file):
-        text = file.read_text("utf-8", "replace")
-    try:
-        job = yaml.load(text, Loader=LOADER)
-        uri, name = job["checkpoints"]["uri"], job["name"]
-    except (yaml.YAMLError, LookupError, TypeError) as error:
-        remedy = "give the run's command again, which writes it"
-        raise DataError(f"{file}: cannot be read as a job; remedy: {remedy}") from error
-    return run_place(uri, name, folder) if isinstance(uri, str) else None
 
 
 def size_of(folder: Path) -> Size:

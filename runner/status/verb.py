@@ -5,25 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from runner import events
 from runner.checkpoint.find import nothing
 from runner.checkpoint.head import EVENTS, HEAD, Head
 from runner.checkpoint.lease import decoded, refuse_headless
-from runner.checkpoint.place import run_place
 from runner.checkpoint.store import Store
 from runner.checkpoint_verbs import closing, place_of
 from runner.command import say
 from runner.errors import RunnerError
 from runner.events import Event
-from runner.job_words import refuse_missing_run, split
 from runner.manifest import Job
-from runner.status.runs import kept_at
+from runner.run_words import named
 from runner.status.standing import Standing, standing
 from runner.supervisor.progress import change_lines, duration, moment, printable
 
@@ -55,9 +51,9 @@ def status(arguments: argparse.Namespace) -> int:
         AccessDenied: one may not look. That is another thing.
         StorageError: the store is silent.
     """
-    arguments.kms_key_id, arguments.allow_unfenced = None, False
-    arguments.uri, job = _named(arguments)
-    arguments.submissions = None if job is None else _submissions(job, arguments.context)
+    run = named("status", arguments.words, arguments.runs)
+    run.reach(arguments)
+    arguments.submissions = None if run.job is None else _submissions(run.job, arguments.context)
     return closing(_status)(arguments)
 
 
@@ -94,23 +90,6 @@ def _submissions(job: Job, context: str | None) -> list[str] | None:
         return describe(job, context) or ["no submission of it is remembered"]
     except RunnerError as error:
         return [f"its submissions are not known: {_line(str(error))}"]
-
-
-def _named(arguments: argparse.Namespace) -> tuple[str, Job | None]:
-    """The address of the run that a person named: as it is, or by its job."""
-    words: list[str] = arguments.words
-    if len(words) == 1 and "://" in words[0]:
-        return words[0], None
-    if len(words) == 1 and (folder := Path(words[0]).expanduser()).is_dir():
-        return kept_at(folder) or words[0], None
-    from runner.settings import resolve
-
-    file, overrides = split(words)
-    refuse_missing_run("status", file)
-    job = resolve(file, overrides, os.environ).job
-    settings = job.checkpoints
-    arguments.expected_bucket_owner = arguments.expected_bucket_owner or settings.expected_bucket_owner
-    return run_place(settings.uri, job.name, (Path("runs") / job.name).absolute()), job
 
 
 def read(store: Store) -> Standing | None:
