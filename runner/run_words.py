@@ -29,8 +29,8 @@ from runner.job.yaml_source import LOADER
 from runner.job_words import split
 from runner.manifest import Checkpoints, Job
 
-MARKS = ("job.yaml", "events.jsonl", "result.json")
-"""Any of these makes a folder a run's."""
+MARKS = ("run.json", "events.jsonl", "result.json")
+"""Any of these makes a folder a run's. Not job.yaml, which lies in many a folder."""
 
 _REACH = ("uri", "kms_key_id", "expected_bucket_owner", "allow_unfenced")
 """What opening a store needs of a job's `checkpoints`."""

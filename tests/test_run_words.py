@@ -10,7 +10,7 @@ import pytest
 from runner import cli
 from runner.checkpoint.head import HEAD
 from runner.errors import DataError, UsageError
-from runner.run_words import at, kept_at, named
+from runner.run_words import MARKS, at, kept_at, named
 
 GOOD = str(Path(__file__).parent / "data" / "good.yaml")
 BUCKET = "s3://bucket/prefix"
@@ -28,6 +28,7 @@ def run_folder(runs: Path, uri: str = BUCKET) -> Path:
     folder = runs / "here"  # not its name, after a move
     folder.mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB.format(uri=uri))
+    (folder / "events.jsonl").touch()
     return folder
 
 
@@ -52,7 +53,7 @@ def test_the_folder_of_a_run_says_where_its_checkpoints_are(tmp_path: Path) -> N
     assert kept_at(folder) == f"{BUCKET}/mine"
 
 
-@pytest.mark.parametrize("mark", ["events.jsonl", "result.json"])
+@pytest.mark.parametrize("mark", MARKS)
 def test_a_run_that_lost_its_job_keeps_them_itself(tmp_path: Path, mark: str) -> None:
     (tmp_path / mark).touch()
     assert (at(str(tmp_path)).folder, at(str(tmp_path)).place) == (tmp_path, str(tmp_path))
@@ -61,6 +62,7 @@ def test_a_run_that_lost_its_job_keeps_them_itself(tmp_path: Path, mark: str) ->
 
 @pytest.mark.parametrize("word", [f"{BUCKET}/b", "file:///mnt/runs/b", "FOLDER"])
 def test_any_other_place_is_a_store(tmp_path: Path, word: str) -> None:
+    (tmp_path / "job.yaml").write_text("a person's, who keeps the job here")
     word = word.replace("FOLDER", str(tmp_path))
     assert (at(word).folder, at(word).place) == (None, word)
 
@@ -80,6 +82,7 @@ def test_a_run_that_is_not_there_is_no_job_file(tmp_path: Path, word: str) -> No
 @pytest.mark.parametrize("text", ["", "- 1", "name: x", "name: x\ncheckpoints: {uri: 7}", "a: [", "{}"])
 def test_a_job_that_is_none_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.yaml").write_text(text)
+    (tmp_path / "run.json").touch()
     with pytest.raises(DataError, match=r"job\.yaml: cannot be read as a job; remedy: give the run"):
         at(str(tmp_path))
 
