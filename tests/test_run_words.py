@@ -11,6 +11,7 @@ from runner import cli
 from runner.checkpoint.head import HEAD
 from runner.errors import DataError, UsageError
 from runner.run_words import MARKS, at, kept_at, named
+from runner.supervisor import identity
 
 GOOD = str(Path(__file__).parent / "data" / "good.yaml")
 BUCKET = "s3://bucket/prefix"
@@ -28,7 +29,8 @@ def run_folder(runs: Path, uri: str = BUCKET) -> Path:
     folder = runs / "here"  # not its name, after a move
     folder.mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB.format(uri=uri))
-    (folder / "events.jsonl").touch()
+    begun = identity.Identity(job={}, pins={}, fingerprints={}, versions={})
+    (folder / "run.json").write_bytes(identity.encode(begun))
     return folder
 
 
