@@ -34,7 +34,7 @@ submit: has-job .venv/.installed ## Run a job on Kubernetes or AWS Batch: make s
 	@exec $(BIN)/runner submit $(if $(JOB),"$(JOB)") $(SET) $(ARGS)
 
 test: check .venv/torchvision-cpu .venv/browser .venv/trackio ## Run check and every test: make test ARGS="-k manifest"
-	@$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses auto $(ARGS)
 
 check: .venv/.installed ## Lint, check the format and the types
 	@$(BIN)/ruff check

@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         "DO_NOT_TRACK": "1",
         "TOKENIZERS_PARALLELISM": "false",
         # The same sums on every machine: float addition depends on how many threads share it. One, because
-        # `make test` runs as many files at once as there are cores.
+        # `make test` keeps every core busy with other files.
         "OMP_NUM_THREADS": "1",
         # As the supervisor sets it for trainers: no spinning where other work needs the core.
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -113,6 +113,11 @@ LONGEST = (
     "report",
 )
 """Files that take ten seconds and more, longest first: what begins last should be short."""
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Files that run at once: one more than cores, because a third of their time is waiting for others."""
+    return min((os.cpu_count() or 1) + 1, 5)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
