@@ -2,12 +2,14 @@
 
     .venv/bin/python docker/lock.py
 
-Three files, one for each layer that changes at its own pace, and one for the tools of the build stage:
+Three files, one for each layer that changes at its own pace, one for the tools of the build stage, and one
+for tests:
 
     requirements-torch-cpu.txt    torch without CUDA, and what only torch needs
     requirements-torch-gpu.txt    torch and torchvision with CUDA, Triton and NVIDIA's libraries
     requirements.txt              everything else; the same for both targets
     requirements-build.txt        setuptools, and the writer of the SBOM; nothing of it is in the image
+    tests/data/cuda-requires.json what torch with CUDA and its libraries require, as their wheels say
 
 Needs the image's Python and platform, because pip resolves for those that run it; nothing is downloaded but
 metadata (and a source archive or two). The index is PyPI, whatever this machine's pip is configured for: its
@@ -35,6 +37,8 @@ PLATFORM = ("Linux", "x86_64")
 LINKS = "https://download.pytorch.org/whl/cpu/torch/"
 BUILD = ("setuptools", "cyclonedx-bom")
 
+CUDA_REQUIRES = ROOT / "tests" / "data" / "cuda-requires.json"
+
 Lines = dict[str, str]
 """Of each distribution by its normalized name, the line of a requirements file."""
 
@@ -50,51 +54,60 @@ def main() -> int:
     light, train, gpu = project["dependencies"], [*extras["train"], *extras["tracking"]], extras["gpu"]
     links = ["--find-links", os.environ.get("TORCH_CPU_LINKS", LINKS)]
 
-    everything = resolved([*light, *train, *gpu])
-    torch = resolved([one for one in (*train, *gpu) if one.startswith("torch")])
-    cpu = resolved([*light, *train], *links)
-    torch_cpu = resolved([one for one in train if one.startswith("torch")], *links)
+    everything = lines(resolved([*light, *train, *gpu]))
+    with_cuda = resolved([one for one in (*train, *gpu) if one.startswith("torch")])
+    torch = lines(with_cuda)
+    cpu = lines(resolved([*light, *train], *links))
+    torch_cpu = lines(resolved([one for one in train if one.startswith("torch")], *links))
     common = {
-        name: line
-        for name, line in everything.items()
-        if name not in torch or name in set(cpu) - set(torch_cpu)
+        one: line for one, line in everything.items() if one not in torch or one in set(cpu) - set(torch_cpu)
     }
-    assert common == {name: line for name, line in cpu.items() if name not in torch_cpu}, "the targets differ"
+    assert common == {one: line for one, line in cpu.items() if one not in torch_cpu}, "the targets differ"
 
     write("requirements-torch-cpu.txt", torch_cpu)
-    write("requirements-torch-gpu.txt", {name: line for name, line in torch.items() if name not in common})
+    of_cuda = {one: line for one, line in torch.items() if one not in common}
+    write("requirements-torch-gpu.txt", of_cuda)
     write("requirements.txt", common)
-    write("requirements-build.txt", resolved(list(BUILD)))
+    write("requirements-build.txt", lines(resolved(list(BUILD))))
+    requires = {
+        name(one): one["metadata"].get("requires_dist", []) for one in with_cuda if name(one) in of_cuda
+    }
+    CUDA_REQUIRES.write_text(json.dumps(requires, indent=1, sort_keys=True) + "\n")
     return 0
 
 
-def resolved(requirements: list[str], *options: str) -> Lines:
-    """What pip would install into an empty environment."""
+def resolved(requirements: list[str], *options: str) -> list[dict[str, Any]]:
+    """What pip would install into an empty environment: entries of its report."""
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
     command += ["--disable-pip-version-check", "--index-url", "https://pypi.org/simple", *options]
     command += ["--constraint", str(ROOT / "constraints.txt"), "--report", "-", *requirements]
     # Who resolves must not matter: no configuration file, no other index.
-    environ = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")
-    }
+    other = ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS")
+    environ = {key: value for key, value in os.environ.items() if key not in other}
     environ["PIP_CONFIG_FILE"] = os.devnull
     done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, check=True)
-    return dict(sorted(map(line, json.loads(done.stdout)["install"])))
+    found: list[dict[str, Any]] = json.loads(done.stdout)["install"]
+    return found
 
 
-def line(install: dict[str, Any]) -> tuple[str, str]:
-    """One entry of pip's report: normalized name, line with version and SHA-256."""
-    name = re.sub(r"[-_.]+", "-", install["metadata"]["name"]).lower()
-    digest = install["download_info"]["archive_info"]["hashes"]["sha256"]
-    return name, f"{name}=={install['metadata']['version']} --hash=sha256:{digest}"
+def lines(installs: list[dict[str, Any]]) -> Lines:
+    """Of entries of pip's report, by name: version and SHA-256."""
+    found = {}
+    for one in installs:
+        digest = one["download_info"]["archive_info"]["hashes"]["sha256"]
+        found[name(one)] = f"{name(one)}=={one['metadata']['version']} --hash=sha256:{digest}"
+    return dict(sorted(found.items()))
 
 
-def write(name: str, lines: Lines) -> None:
+def name(install: dict[str, Any]) -> str:
+    """Normalized."""
+    return re.sub(r"[-_.]+", "-", install["metadata"]["name"]).lower()
+
+
+def write(file: str, content: Lines) -> None:
     header = "# Written by docker/lock.py (make image-lock) from pyproject.toml and constraints.txt.\n"
-    (HERE / name).write_text(header + "".join(f"{line}\n" for line in lines.values()))
-    print(f"docker/{name}: {len(lines)}")
+    (HERE / file).write_text(header + "".join(f"{line}\n" for line in content.values()))
+    print(f"docker/{file}: {len(content)}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ tests/image/ looks at the image itself (`make image-test`).
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ LOCKS = {
 }
 CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned by torch's CUDA build, so not in constraints.txt."""
+REQUIRES: dict[str, list[str]] = json.loads((ROOT / "tests" / "data" / "cuda-requires.json").read_text())
+"""What the wheels of torch with CUDA and its libraries require: docker/lock.py copies it from them."""
 
 
 def tool(name: str) -> str:
@@ -95,7 +98,7 @@ def test_the_build_tools_agree_with_the_constraints_where_both_have_one() -> Non
 def test_a_target_has_all_that_the_project_needs_and_nothing_twice(
     target: str, extras: tuple[str, ...]
 ) -> None:
-    """The closure of the requirements by what the installed distributions declare, those of CUDA apart."""
+    """The closure of the requirements, as the installed distributions and CUDA's wheels declare them."""
     torch, common = lock(f"torch-{target}"), lock("")
     assert not set(torch) & set(common)
     locked = {**torch, **common}
@@ -109,21 +112,18 @@ def test_a_target_has_all_that_the_project_needs_and_nothing_twice(
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         name = canonicalize_name(requirement.name)
-        if name.startswith(CUDA):
-            continue
         assert name in locked, f"{requirement} is in no lock of the {target} target"
         assert requirement.specifier.contains(locked[name], prereleases=True), requirement
         for inner in {"", *requirement.extras}:
             if (name, inner) not in seen:
                 seen.add((name, inner))
-                todo += [(Requirement(one), inner) for one in needs(name)]
-    unneeded = {name for name in locked if not name.startswith(CUDA)} - {name for name, _ in seen}
-    assert not unneeded
+                todo += [(Requirement(one), inner) for one in needs(name, target)]
+    assert set(locked) == {name for name, _ in seen}
 
 
-def needs(distribution: str) -> list[str]:
-    if distribution == "torchvision":  # not among the packages of .venv
-        return ["numpy", "torch==2.13.0", "pillow"]
+def needs(distribution: str, target: str) -> list[str]:
+    if target == "gpu" and distribution in REQUIRES:
+        return REQUIRES[distribution]
     return importlib.metadata.requires(distribution) or []
 
 
