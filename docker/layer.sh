@@ -25,6 +25,6 @@ find . -name 'libbitsandbytes_*' ! -name '*_cpu.so' ! -name '*_cuda130.so' -dele
 find "$root/opt/venv/bin" -type f ! -name runner -delete
 
 # Left out: a file of torch's in a newer Python's syntax.
-PYTHONNODEBUGRANGES=1 /opt/venv/bin/python -m compileall -q -j 0 -x '/py312_intrinsics\.py$' --invalidation-mode unchecked-hash \
-  -s "$root" -p / "$PWD"
+PYTHONNODEBUGRANGES=1 /opt/venv/bin/python -m compileall -q -j 0 -x '/py312_intrinsics\.py$' \
+  --invalidation-mode unchecked-hash -s "$root" -p / "$PWD"
 find "$root" -exec touch --no-dereference --date=@315532800 {} +

@@ -70,9 +70,12 @@ def main() -> int:
     write("requirements.txt", common)
     write("requirements-build.txt", lines(resolved(list(BUILD))))
     requires = {
-        name(one): one["metadata"].get("requires_dist", []) for one in with_cuda if name(one) in of_cuda
+        of_cuda[name(one)].partition(" ")[0]: one["metadata"].get("requires_dist", [])
+        for one in with_cuda
+        if name(one) in of_cuda
     }
     CUDA_REQUIRES.write_text(json.dumps(requires, indent=1, sort_keys=True) + "\n")
+    print(f"{CUDA_REQUIRES.relative_to(ROOT)}: {len(requires)}")
     return 0
 
 

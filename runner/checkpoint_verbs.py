@@ -4,8 +4,8 @@
     gc, rm, adopt        take the run as a supervisor would, and refuse a live one
 
 URI is the address of a run, `s3://bucket/prefix/name` or a folder, or the run's folder `runs/name`, which
-says where its checkpoints are (`runner.run_words`). The output is for people, or with `--json` for programs
-(docs/checkpoints.md). What is waited for goes to stderr, warnings too.
+tells those that read where its checkpoints are (`runner.run_words`). The output is for people, or for
+programs with `--json` (docs/checkpoints.md). What is waited for goes to stderr, warnings too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from runner.checkpoint.pull import Wish, pull
 from runner.checkpoint.store import BootClock, Clock, Patience, Store
 from runner.command import Verb, complain, say
 from runner.errors import DataError, UsageError
-from runner.run_words import at
+from runner.run_words import at, kept
 
 PATIENCE = 120.0
 """Seconds that a silent store is waited for. A person waits, not a GPU."""
@@ -273,11 +273,26 @@ def closing(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Name
     return acting
 
 
-def _of_run(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+def _reading(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     """`act` on the run that URI names, which may be the folder of one with its checkpoints elsewhere."""
 
     def acting(arguments: argparse.Namespace) -> int:
         at(arguments.uri).reach(arguments)
+        return closing(act)(arguments)
+
+    return acting
+
+
+def _deleting(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`act` on the run at URI itself: a folder, of which there are copies, deletes nothing elsewhere."""
+
+    def acting(arguments: argparse.Namespace) -> int:
+        run = at(arguments.uri)
+        if run.folder is not None and (elsewhere := kept(run.folder)) is not None:
+            raise UsageError(
+                f"{arguments.uri} keeps its checkpoints in {elsewhere[0]}\n"
+                "    remedy: name that address, if what is there shall be deleted"
+            )
         return closing(act)(arguments)
 
     return acting
@@ -374,28 +389,28 @@ VERBS = {
         "  runner checkpoints ls s3://bucket/prefix/my-charts\n"
         "  runner checkpoints ls runs/my-charts --json\n",
         _ls_arguments,
-        _of_run(_ls),
+        _reading(_ls),
     ),
     "verify": Verb(
         "Read every byte of what is retained; 65 if anything is wrong.",
         "  runner checkpoints verify s3://bucket/prefix/my-charts\n"
         "  runner checkpoints verify runs/my-charts --id 00000120-0002\n",
         _verify_arguments,
-        _of_run(_verify),
+        _reading(_verify),
     ),
     "pull": Verb(
         "Get the adapter, also out of a run that trains.",
         "  runner checkpoints pull s3://bucket/prefix/my-charts --to my-adapter\n"
         "  runner checkpoints pull runs/my-charts --step 120 --to state-120 --checkpoint\n",
         _pull_arguments,
-        _of_run(_pull),
+        _reading(_pull),
     ),
     "gc": Verb(
         "Delete what nothing retained names. Refuses a live run.",
         "  runner checkpoints gc s3://bucket/prefix/my-charts\n"
         "  runner checkpoints gc runs/my-charts --no-grace\n",
         _gc_arguments,
-        _of_run(_gc),
+        _deleting(_gc),
     ),
     "adopt": Verb(
         "Make a checkpoint the head of a run whose HEAD is lost.",
@@ -408,6 +423,6 @@ VERBS = {
         "  runner checkpoints rm s3://bucket/prefix/my-charts\n"
         "  runner checkpoints rm runs/my-charts --id 00000120-0002 --yes\n",
         _rm_arguments,
-        _of_run(_rm),
+        _deleting(_rm),
     ),
 }

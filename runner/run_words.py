@@ -1,14 +1,15 @@
 """The words of a command line that stand for a run.
 
-    words                      folder                 its checkpoints
+    words                      looked at here         its checkpoints
     job.yaml key=value         runs/<its name>        where the job says
     (nothing)                  of JOB_FILE or JOB_YAML, the same
-    runs/a, a run's folder     runs/a                 where its job.yaml says
-    another folder             none                   there
-    s3://bucket/prefix/a       none                   there
+    a folder                   that folder            there, if it is a store itself
+                                                      else where its job.yaml says
+                                                      else there, or in its checkpoints/
+    s3://bucket/prefix/a       nothing                there
 
 Nothing of it needs to exist but a folder that is named. key=value changes a job, and no run: beside a folder
-or an address it is refused.
+or an address it is refused. A job may lie in a bucket, too: s3://bucket/job.yaml.
 """
 
 from __future__ import annotations
@@ -22,38 +23,67 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from runner.checkpoint.find import holds_run
+from runner.checkpoint.folder import FolderStore
 from runner.checkpoint.place import run_place
 from runner.durable import disk
 from runner.errors import DataError, UsageError
 from runner.job.yaml_source import LOADER
 from runner.job_words import split
 from runner.manifest import Checkpoints, Job
-
-MARKS = ("run.json", "events.jsonl", "result.json")
-"""Any of these makes a folder a run's. Not job.yaml, which lies in many a folder."""
+from runner.settings import resolve
 
 _REACH = ("uri", "kms_key_id", "expected_bucket_owner", "allow_unfenced")
 """What opening a store needs of a job's `checkpoints`."""
 
+_OF_JOBS = (".yaml", ".yml")
+"""Ends of the names of job files."""
+
 
 @dataclass(frozen=True)
 class Named:
-    """A run that a person named."""
+    """A run that a person named. Nothing is read of it before it is asked for."""
 
     folder: Path | None
-    """On this machine, as it was named."""
-    place: str
-    """Address of its checkpoints."""
-    settings: Checkpoints
-    """How its store is opened; the defaults where nothing says."""
+    """On this machine, as it was named; it need not be there."""
+    address: str | None
+    """Of its store, where that was named."""
     job: Job | None
     """What named it, if a job did."""
 
+    @property
+    def place(self) -> str:
+        """The address of its checkpoints.
+
+        Raises:
+            DataError: its job.yaml is none.
+        """
+        return self._kept()[0]
+
+    @property
+    def in_bucket(self) -> bool:
+        """Whether a job that named it keeps its checkpoints elsewhere than in its folder."""
+        return self.job is not None and self.job.checkpoints.uri is not None
+
     def reach(self, arguments: argparse.Namespace) -> None:
-        """Have `runner.checkpoint_verbs.place_of` open its store; what the command line says comes first."""
-        arguments.uri = self.place
-        for key in _REACH[1:]:
-            setattr(arguments, key, getattr(arguments, key, None) or getattr(self.settings, key))
+        """Have `runner.checkpoint_verbs.place_of` open its store; what the command line says comes first.
+
+        Raises:
+            DataError: its job.yaml is none.
+        """
+        arguments.uri, settings = self._kept()
+        arguments.kms_key_id = arguments.kms_key_id or settings.kms_key_id
+        arguments.expected_bucket_owner = arguments.expected_bucket_owner or settings.expected_bucket_owner
+        arguments.allow_unfenced = arguments.allow_unfenced or settings.allow_unfenced
+
+    def _kept(self) -> tuple[str, Checkpoints]:
+        if self.folder is None:
+            assert self.address is not None
+            return self.address, Checkpoints()
+        if self.job is not None:
+            settings = self.job.checkpoints
+            return run_place(settings.uri, self.job.name, self.folder.absolute()), settings
+        return kept(self.folder) or (str(self.folder), Checkpoints())
 
 
 def named(verb: str, words: Sequence[str], runs: Path) -> Named:
@@ -66,10 +96,10 @@ def named(verb: str, words: Sequence[str], runs: Path) -> Named:
     Raises:
         UsageError: the words make no sense together.
         JobError: the job is wrong.
-        DataError: there is no such run, or its job.yaml is none.
+        DataError: there is no such run.
     """
     word, overrides = split(list(words))
-    if word is not None and is_place(word):
+    if word is not None and _is_place(word):
         if overrides:
             raise UsageError(
                 f"{verb}: {overrides[0]} changes a job, and {word} is a run\n"
@@ -77,75 +107,60 @@ def named(verb: str, words: Sequence[str], runs: Path) -> Named:
             )
         return at(word)
     _refuse_missing(verb, word)
-    from runner.settings import resolve
-
     job = resolve(word, overrides, os.environ).job
-    folder = runs / job.name
-    return Named(folder, run_place(job.checkpoints.uri, job.name, folder.absolute()), job.checkpoints, job)
-
-
-def is_place(word: str) -> bool:
-    """Whether a word is an address, or a folder that is there."""
-    return "://" in word or Path(word).expanduser().is_dir()
+    return Named(runs / job.name, None, job)
 
 
 def at(word: str) -> Named:
-    """The run of an address or a folder.
+    """The run of an address or a folder."""
+    return Named(None, word, None) if "://" in word else Named(Path(word).expanduser(), None, None)
+
+
+def kept(folder: Path) -> tuple[str, Checkpoints] | None:
+    """Where the run of a folder keeps its checkpoints, and how that is opened; None: in the folder.
 
     Raises:
-        DataError: its job.yaml is none.
+        DataError: its job.yaml is none, and no checkpoints are in the folder.
     """
-    folder = Path(word).expanduser()
-    if "://" in word or not any((folder / name).is_file() for name in MARKS):
-        return Named(None, word, Checkpoints(), None)
-    if not (folder / "job.yaml").is_file():
-        return Named(folder, word, Checkpoints(), None)
-    name, settings = _kept(folder)
-    return Named(folder, run_place(settings.uri, name, folder.absolute()), settings, None)
-
-
-def kept_at(folder: Path) -> str | None:
-    """Where the run of a folder `runs/<name>` keeps its checkpoints; None: there.
-
-    Raises:
-        DataError: its job.yaml is none.
-    """
-    if not (folder / "job.yaml").is_file():
-        return None
-    name, settings = _kept(folder)
-    return None if settings.uri is None else run_place(settings.uri, name, folder)
-
-
-def _kept(folder: Path) -> tuple[str, Checkpoints]:
-    """The name of a run, and how its store is opened. All else of its job may be another version's."""
     file = folder / "job.yaml"
+    if not file.is_file() or holds_run(FolderStore(folder.absolute())):
+        return None
     with disk("read the job", file):
         text = file.read_text("utf-8", "replace")
     try:
+        # All else of it may be another version's.
         job = yaml.load(text, Loader=LOADER)
         settings = {key: job["checkpoints"][key] for key in _REACH if key in job["checkpoints"]}
-        return str(job["name"]), Checkpoints.model_validate(settings)
+        name, checkpoints = str(job["name"]), Checkpoints.model_validate(settings)
     except (yaml.YAMLError, LookupError, TypeError, ValidationError) as error:
-        remedy = "give the run's command again, which writes it"
+        if holds_run(FolderStore((folder / "checkpoints").absolute())):
+            return None
+        remedy = "name the address of its checkpoints, or give the run's command again, which writes it"
         raise DataError(f"{file}: cannot be read as a job; remedy: {remedy}") from error
+    return None if checkpoints.uri is None else (run_place(checkpoints.uri, name, folder), checkpoints)
+
+
+def _is_place(word: str) -> bool:
+    if "://" in word:
+        return not word.endswith(_OF_JOBS)
+    return Path(word).expanduser().is_dir()
 
 
 def _refuse_missing(verb: str, word: str | None) -> None:
     """A word that stands for a run, where a job may stand, and names nothing that is there.
 
-    word                   there   answer
-    runs/my-charts         yes     goes on
-    runs/my-charts, name   no      refused here: a person means a run by it
-    job.yaml, job.yml      no      goes on: who reads the job says what is wrong
-    s3://..., none         -       goes on
+    word                          there   answer
+    runs/my-charts, my-charts     no      refused here: a person means a run by it
+    job.yaml, s3://.../job.yaml   no      goes on: who reads the job says what is wrong
+    another file                  yes     goes on
+    (nothing)                     -       goes on
 
     Raises:
         DataError: there is no such run.
     """
-    if word is None or "://" in word or word.endswith((".yaml", ".yml")):
+    if word is None or word.endswith(_OF_JOBS) or Path(word).expanduser().exists():
         return
-    if not Path(word).expanduser().exists():
-        raise DataError(
-            f"{verb}: {word} is not there; remedy: name a run as its folder, runs/<name>, or its job file; "
-            "runner list says which runs there are"
-        )
+    raise DataError(
+        f"{verb}: {word} is not there; remedy: name a run as its folder, runs/<name>, or its job file; "
+        "runner list says which runs there are"
+    )

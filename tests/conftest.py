@@ -76,6 +76,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.pop(name, None)
 
 
+MOST_WORKERS = 5
+"""The longest file takes a fifth of the whole."""
+
 LONGEST = (
     "strategies",
     "demos",
@@ -117,7 +120,7 @@ LONGEST = (
 
 def pytest_xdist_auto_num_workers() -> int:
     """Files that run at once: one more than cores, because a third of their time is waiting for others."""
-    return min((os.cpu_count() or 1) + 1, 5)
+    return min((os.cpu_count() or 1) + 1, MOST_WORKERS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

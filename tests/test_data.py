@@ -505,6 +505,7 @@ def test_counted_tokens_are_the_collated_length(
     collator = Collator(made_by, made.form, torch.float32)
     lengths = [int(collator([row])["input_ids"].shape[1]) for row in made.dataset]
     assert made.dataset["tokens"][:] == lengths
+    assert made.dataset["text_tokens"][:] == TokenCounter(collator, []).text_tokens(list(made.dataset))
     assert made.max_tokens == max(lengths)
     row = made.dataset[0]
     assert TokenCounter(collator, [Counted(row, [(32, 48)])]).way == way

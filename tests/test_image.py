@@ -28,7 +28,7 @@ LOCKS = {
 CUDA = ("nvidia-", "cuda-", "triton")
 """Pinned by torch's CUDA build, so not in constraints.txt."""
 REQUIRES: dict[str, list[str]] = json.loads((ROOT / "tests" / "data" / "cuda-requires.json").read_text())
-"""What the wheels of torch with CUDA and its libraries require: docker/lock.py copies it from them."""
+"""By name==version, what torch with CUDA and its libraries require: docker/lock.py wrote it down."""
 
 
 def tool(name: str) -> str:
@@ -122,9 +122,13 @@ def test_a_target_has_all_that_the_project_needs_and_nothing_twice(
 
 
 def needs(distribution: str, target: str) -> list[str]:
-    if target == "gpu" and distribution in REQUIRES:
-        return REQUIRES[distribution]
+    if target == "gpu" and distribution in (of_cuda := lock("torch-gpu")):
+        return REQUIRES[f"{distribution}=={of_cuda[distribution]}"]
     return importlib.metadata.requires(distribution) or []
+
+
+def test_the_requirements_of_cuda_are_of_the_versions_that_are_locked() -> None:
+    assert set(REQUIRES) == {f"{name}=={version}" for name, version in lock("torch-gpu").items()}
 
 
 def test_the_targets_differ_by_torch_and_cuda_only() -> None:

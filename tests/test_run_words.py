@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from runner import cli
+from runner import cli, run_words
 from runner.checkpoint.head import HEAD
 from runner.errors import DataError, UsageError
-from runner.run_words import MARKS, at, kept_at, named
+from runner.run_words import at, named
+from runner.settings import Resolved, resolve
 from runner.supervisor import identity
 
 GOOD = str(Path(__file__).parent / "data" / "good.yaml")
@@ -25,7 +26,7 @@ checkpoints:
 """
 
 
-def run_folder(runs: Path, uri: str = BUCKET) -> Path:
+def folder_of_a_run(runs: Path, uri: str = BUCKET) -> Path:
     folder = runs / "here"  # not its name, after a move
     folder.mkdir(parents=True)
     (folder / "job.yaml").write_text(JOB.format(uri=uri))
@@ -34,12 +35,20 @@ def run_folder(runs: Path, uri: str = BUCKET) -> Path:
     return folder
 
 
+def store_of(folder: Path) -> Path:
+    """A run's store of which every verb says the name, because its HEAD is damaged."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / HEAD).write_text("damaged")
+    (folder / "run.json").write_text("{}")
+    return folder
+
+
 def test_a_job_names_its_run(tmp_path: Path) -> None:
     local = named("status", [GOOD, "name=b"], tmp_path)
     assert (local.folder, local.place) == (tmp_path / "b", str(tmp_path / "b" / "checkpoints"))
     remote = named("status", [GOOD, "name=b", f"checkpoints.uri={BUCKET}/"], tmp_path)
     assert (remote.folder, remote.place) == (tmp_path / "b", f"{BUCKET}/b")
-    assert remote.job is not None and remote.job.name == "b"
+    assert (local.in_bucket, remote.in_bucket) == (False, True)
 
 
 def test_a_job_of_the_environment_names_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,26 +56,37 @@ def test_a_job_of_the_environment_names_its_run(tmp_path: Path, monkeypatch: pyt
     assert named("status", [], tmp_path).folder == tmp_path / "good"
 
 
+def test_a_job_may_lie_in_a_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str | None, list[str]]] = []
+
+    def resolved(word: str | None, overrides: list[str], environ: object) -> Resolved:
+        asked.append((word, overrides))
+        return resolve(GOOD, overrides, {})
+
+    monkeypatch.setattr(run_words, "resolve", resolved)
+    assert named("status", [f"{BUCKET}/job.yaml", "name=b"], tmp_path).folder == tmp_path / "b"
+    assert asked == [(f"{BUCKET}/job.yaml", ["name=b"])]
+
+
 def test_the_folder_of_a_run_says_where_its_checkpoints_are(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path)
+    folder = folder_of_a_run(tmp_path)
     found = named("status", [str(folder)], tmp_path)
     assert (found.folder, found.place, found.job) == (folder, f"{BUCKET}/mine", None)
-    assert found.settings.expected_bucket_owner == "123456789012"
-    assert kept_at(folder) == f"{BUCKET}/mine"
+    store_of(folder / "checkpoints")  # from before it moved
+    assert found.place == f"{BUCKET}/mine"
 
 
-@pytest.mark.parametrize("mark", MARKS)
-def test_a_run_that_lost_its_job_keeps_them_itself(tmp_path: Path, mark: str) -> None:
-    (tmp_path / mark).touch()
-    assert (at(str(tmp_path)).folder, at(str(tmp_path)).place) == (tmp_path, str(tmp_path))
-    assert kept_at(tmp_path) is None
+def test_a_store_is_a_store_whatever_else_lies_in_it(tmp_path: Path) -> None:
+    folder = store_of(folder_of_a_run(tmp_path))
+    assert at(str(folder)).place == str(folder)
+    (folder / "job.yaml").write_text("no: job")
+    assert at(str(folder)).place == str(folder)
 
 
 @pytest.mark.parametrize("word", [f"{BUCKET}/b", "file:///mnt/runs/b", "FOLDER"])
 def test_any_other_place_is_a_store(tmp_path: Path, word: str) -> None:
-    (tmp_path / "job.yaml").write_text("a person's, who keeps the job here")
     word = word.replace("FOLDER", str(tmp_path))
-    assert (at(word).folder, at(word).place) == (None, word)
+    assert at(word).place == word
 
 
 @pytest.mark.parametrize("word", [f"{BUCKET}/b", "FOLDER"])
@@ -82,17 +102,19 @@ def test_a_run_that_is_not_there_is_no_job_file(tmp_path: Path, word: str) -> No
 
 
 @pytest.mark.parametrize("text", ["", "- 1", "name: x", "name: x\ncheckpoints: {uri: 7}", "a: [", "{}"])
-def test_a_job_that_is_none_is_named(tmp_path: Path, text: str) -> None:
+def test_a_job_that_is_none_is_named_where_it_is_needed(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.yaml").write_text(text)
-    (tmp_path / "run.json").touch()
-    with pytest.raises(DataError, match=r"job\.yaml: cannot be read as a job; remedy: give the run"):
-        at(str(tmp_path))
+    found = at(str(tmp_path))
+    with pytest.raises(DataError, match=r"job\.yaml: cannot be read as a job; remedy: name the address"):
+        _ = found.place
+    store_of(tmp_path / "checkpoints")
+    assert found.place == str(tmp_path)
 
 
 def test_what_the_command_line_says_of_a_bucket_comes_first(tmp_path: Path) -> None:
-    found = at(str(run_folder(tmp_path)))
+    found = at(str(folder_of_a_run(tmp_path)))
     for said, meant in ((None, "123456789012"), ("999999999999", "999999999999")):
-        arguments = argparse.Namespace(expected_bucket_owner=said, kms_key_id="key")
+        arguments = argparse.Namespace(expected_bucket_owner=said, kms_key_id="key", allow_unfenced=False)
         found.reach(arguments)
         assert vars(arguments) == {
             "uri": f"{BUCKET}/mine",
@@ -102,28 +124,63 @@ def test_what_the_command_line_says_of_a_bucket_comes_first(tmp_path: Path) -> N
         }
 
 
-@pytest.mark.parametrize("verb", [["status"], ["checkpoints", "ls"], ["report"], ["export", "--to", "new"]])
-def test_every_verb_follows_the_folder_of_a_run_to_its_store(
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["status"],
+        ["report"],
+        ["export", "--to", "new"],
+        ["checkpoints", "ls"],
+        ["checkpoints", "verify"],
+        ["checkpoints", "pull", "--to", "new"],
+    ],
+)
+def test_who_reads_follows_the_folder_of_a_run_to_its_store(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: list[str]
 ) -> None:
-    """A store whose HEAD is damaged says its own name; the folder of the run has nothing of it."""
     monkeypatch.chdir(tmp_path)
-    store = tmp_path / "elsewhere" / "mine"
-    store.mkdir(parents=True)
-    (store / HEAD).write_text("damaged")
-    folder = run_folder(tmp_path / "runs", str(tmp_path / "elsewhere"))
+    store = store_of(tmp_path / "elsewhere" / "mine")
+    folder = folder_of_a_run(tmp_path / "runs", str(tmp_path / "elsewhere"))
     assert cli.main([*verb, str(folder)]) == 65
     assert f"{store}/{HEAD}" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", [["status"], ["report"], ["export", "--to", "new"]])
-def test_every_verb_that_takes_a_job_is_told_where_runs_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: list[str]
+@pytest.mark.parametrize("verb", [["gc"], ["rm", "--yes"]])
+def test_who_deletes_does_not(tmp_path: Path, capsys: pytest.CaptureFixture[str], verb: list[str]) -> None:
+    """There may be copies of the folder, and nobody looks for a bucket behind one."""
+    store = store_of(tmp_path / "elsewhere" / "mine")
+    folder = folder_of_a_run(tmp_path / "runs", str(tmp_path / "elsewhere"))
+    assert cli.main(["checkpoints", *verb, str(folder)]) == 64
+    assert f"{folder} keeps its checkpoints in {store}\n    remedy: name that" in capsys.readouterr().err
+    assert (store / HEAD).exists()
+
+
+@pytest.mark.parametrize(
+    ("verb", "said"),
+    [
+        (["status"], "mine/good/checkpoints/HEAD"),
+        (["export", "--to", "new"], "mine/good/checkpoints/HEAD"),
+        (["report"], "report: mine/good is no run"),
+    ],
+)
+def test_who_takes_a_job_is_told_where_runs_are(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    verb: list[str],
+    said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    store = tmp_path / "mine" / "good" / "checkpoints"
-    store.mkdir(parents=True)
-    (store / HEAD).write_text("damaged")
-    (tmp_path / "mine" / "good" / "job.yaml").write_text(Path(GOOD).read_text())
+    store_of(tmp_path / "mine" / "good" / "checkpoints")
     assert cli.main([*verb, GOOD, "--runs", "mine"]) == 65
-    assert "mine/good" in capsys.readouterr().err
+    assert said in capsys.readouterr().err
+
+
+def test_a_report_needs_no_job_that_can_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").write_text("torn: [")
+    (tmp_path / "events.jsonl").touch()
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert "report.html" in capsys.readouterr().out

@@ -40,9 +40,9 @@ class Place:
         except JobError as error:
             problem = error.problems[0]
             raise UsageError(f"{problem.reason}\n    remedy: {problem.remedy}") from error
-        if isinstance(store, FolderStore) and not _holds_run(store):
+        if isinstance(store, FolderStore) and not holds_run(store):
             inner = self.open(f"{store.place}/{MANIFESTS.rstrip('/')}")
-            if _holds_run(inner):
+            if holds_run(inner):
                 return inner
         return store
 
@@ -75,5 +75,6 @@ def nothing(store: Store) -> DataError:
     )
 
 
-def _holds_run(store: Store) -> bool:
+def holds_run(store: Store) -> bool:
+    """Whether a run is in a store, which may have lost its `HEAD`."""
     return store.read(HEAD) is not None or any(map(is_manifest, store.keys(MANIFESTS)))

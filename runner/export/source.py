@@ -74,7 +74,7 @@ def find(arguments: argparse.Namespace, work: Path) -> Trained:
     if folder is not None:
         if (here := _ended_here(folder, arguments.step)) is not None:
             return here
-        if not folder.path.is_dir() and run.settings.uri is None:
+        if not folder.path.is_dir() and not run.in_bucket:
             raise DataError(
                 f"export: {folder.path} is not there; remedy: train the job first, name the folder of its "
                 "runs with --runs, or the address of its checkpoints"

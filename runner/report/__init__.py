@@ -32,6 +32,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write it (default: report.html in the run's folder; of several runs or a store, here)",
     )
     parser.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")
+    parser.set_defaults(kms_key_id=None, allow_unfenced=False)  # of who writes
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -107,9 +107,9 @@ def _parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _folder(run: Named) -> Path | None:
     """Where a run is read on this machine; None: from its store."""
-    if run.folder is None or (run.settings.uri is not None and not is_run(run.folder)):
-        return None
-    return run.folder
+    if run.folder is None or is_run(run.folder) or (run.job is not None and not run.in_bucket):
+        return run.folder
+    return None
 
 
 def _read(run: Named, arguments: argparse.Namespace) -> Run:

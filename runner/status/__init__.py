@@ -32,6 +32,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for programs (docs/status.md)")
     parser.add_argument("--context", metavar="NAME", help="of kubectl (default: the current one)")
     parser.add_argument("--expected-bucket-owner", metavar="ACCOUNT", help="account that must own the bucket")
+    parser.set_defaults(kms_key_id=None, allow_unfenced=False)  # of who writes
 
 
 def _status(arguments: argparse.Namespace) -> int:

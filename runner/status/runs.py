@@ -18,8 +18,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import cast
 
+from runner.checkpoint.find import holds_run
 from runner.checkpoint.folder import FolderStore
-from runner.checkpoint.head import BLOBS, HEAD, MANIFESTS, is_manifest
+from runner.checkpoint.head import BLOBS, HEAD, MANIFESTS
 from runner.checkpoint.lease import decoded, refuse_headless
 from runner.checkpoint.place import open_store
 from runner.checkpoint.s3 import S3Store
@@ -27,7 +28,7 @@ from runner.checkpoint.store import BootClock, Patience, Store
 from runner.command import complain
 from runner.durable import disk
 from runner.errors import DataError, JobError, RunnerError, StorageError, UsageError
-from runner.run_words import kept_at
+from runner.run_words import kept
 from runner.status.rows import Row, Size, of_standing, of_trouble
 from runner.status.standing import standing
 
@@ -119,12 +120,12 @@ class Runs:
         """A run in a folder: a store, or what a machine has of a run; None where there is neither."""
 
         def row() -> Row | None:
-            for store in (FolderStore(folder), FolderStore(folder / "checkpoints")):
-                if store.read(HEAD) is not None or any(map(is_manifest, store.keys(MANIFESTS))):
-                    return _read(store, folder.name, where, lambda: size_of(folder))
-            kept = kept_at(folder)
-            if kept is not None and (found := self._elsewhere(kept, folder, where)) is not None:
+            elsewhere = kept(folder)
+            if elsewhere is not None and (found := self._elsewhere(elsewhere[0], folder, where)) is not None:
                 return found
+            for store in (FolderStore(folder), FolderStore(folder / "checkpoints")):
+                if holds_run(store):
+                    return _read(store, folder.name, where, lambda: size_of(folder))
             if not any((folder / name).exists() for name in _OF_A_RUN):
                 return None
             # It failed before it took the run, or only evaluated.
@@ -132,13 +133,13 @@ class Runs:
 
         return _or_trouble(row, folder.name, where, str(folder))
 
-    def _elsewhere(self, kept: str, folder: Path, where: str) -> Row | None:
+    def _elsewhere(self, place: str, folder: Path, where: str) -> Row | None:
         """A run of this machine with its checkpoints in another place."""
-        uri, _, name = kept.rpartition("/")
+        uri, _, name = place.rpartition("/")
         size = size_of(folder)
         if uri.startswith("s3://"):
             return self._of_bucket(uri, name, where, size)
-        return _read(FolderStore(Path(kept.removeprefix("file://"))), name, where, lambda: size)
+        return _read(FolderStore(Path(place.removeprefix("file://"))), name, where, lambda: size)
 
     def _bucket(self, uri: str) -> S3Store:
         with self._lock:

@@ -19,7 +19,7 @@ from typing import Any
 
 
 def _import_libraries() -> None:
-    """Those that every process imports that imports this."""
+    """What every process of `runner.train` imports anyway; after it, what is there is not collected from."""
     collecting = gc.isenabled()
     gc.disable()
     try:

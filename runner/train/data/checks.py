@@ -47,8 +47,9 @@ class Candidate:
     pictures: str = ""
     """Hash of the images that it shows, in their order; rows of one hash show the same."""
     tokens: int = 0
+    """Of the row as it is collated alone."""
     text_tokens: int = 0
-    """Of them those of its text, each image one placeholder."""
+    """Of its text alone, each image one placeholder."""
     scale: float = 1.0
     """Factor that its images are shrunk by."""
 

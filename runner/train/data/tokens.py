@@ -73,7 +73,7 @@ class TokenCounter:
 
     @property
     def needs_images(self) -> bool:
-        """Whether `count` needs the images of every row, not only their sizes."""
+        """Whether `whole` needs the images of every row, not only their sizes."""
         return self._measure is None
 
     def count(self, rows: Sequence[Counted]) -> list[int | Unfit]:
