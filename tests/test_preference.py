@@ -63,7 +63,7 @@ def test_a_pair_in_rlaif_vs_columns(tmp_path: Path, processor: ProcessorMixin) -
     assert (row["row"], row["index"], row["image_count"], row["scale"]) == ("pairs[train] row 1", 1, 1, 1.0)
     assert {*made.dataset.column_names} == {
         *("images", "prompt", "chosen", "rejected", "question", "answers", "group"),
-        *("row", "index", "image_count", "tokens", "scale", "pixels", "pictures", "digest"),
+        *("row", "index", "image_count", "tokens", "text_tokens", "scale", "pixels", "pictures", "digest"),
     }
 
 

@@ -198,7 +198,7 @@ def test_rows_beyond_the_page_are_counted(ended: Ended) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["report", "."], 65, "no run is there, but below it are"),
+        (["report", "."], 65, "no run is there; remedy: give the address of a run"),
         (["report", "nowhere.yaml"], 78, "nowhere.yaml"),
         (["report", "s3://bucket"], 64, "s3://bucket"),
         (["report", "RUN", "--to", "no/such/folder/x.html"], 74, "write the report: no/such/folder"),
