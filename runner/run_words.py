@@ -130,14 +130,16 @@ def kept(folder: Path) -> tuple[str, Checkpoints] | None:
     try:
         # All else of it may be another version's.
         job = yaml.load(text, Loader=LOADER)
-        settings = {key: job["checkpoints"][key] for key in _REACH if key in job["checkpoints"]}
-        name, checkpoints = str(job["name"]), Checkpoints.model_validate(settings)
-    except (yaml.YAMLError, LookupError, TypeError, ValidationError) as error:
+        given = job.get("checkpoints") or {}
+        checkpoints = Checkpoints.model_validate({key: given[key] for key in _REACH if key in given})
+        if checkpoints.uri is None:
+            return None
+        return run_place(checkpoints.uri, str(job["name"]), folder), checkpoints
+    except (yaml.YAMLError, AttributeError, LookupError, TypeError, ValidationError) as error:
         if holds_run(FolderStore((folder / "checkpoints").absolute())):
             return None
         remedy = "name the address of its checkpoints, or give the run's command again, which writes it"
         raise DataError(f"{file}: cannot be read as a job; remedy: {remedy}") from error
-    return None if checkpoints.uri is None else (run_place(checkpoints.uri, name, folder), checkpoints)
 
 
 def _is_place(word: str) -> bool:

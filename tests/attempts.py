@@ -248,10 +248,16 @@ def _forked(plan: Path, log: Path, on_event: Callable[[Event], object]) -> list[
     return events
 
 
+def start_as_a_program() -> None:
+    """In the forked process: the workers of its data loader start as a program's do, not as it did."""
+    multiprocessing.set_start_method(None, force=True)
+
+
 def _trainer(plan: Path, log: Path, environment: dict[str, str], events: Connection | None) -> None:
     """In the forked process: what `python -m runner.train PLAN` does."""
     from runner.train.__main__ import main
 
+    start_as_a_program()
     os.environ.clear()
     os.environ.update(environment)
     if events is not None:

@@ -85,6 +85,7 @@ def test_a_store_is_a_store_whatever_else_lies_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", [f"{BUCKET}/b", "file:///mnt/runs/b", "FOLDER"])
 def test_any_other_place_is_a_store(tmp_path: Path, word: str) -> None:
+    (tmp_path / "job.yaml").write_text("name: x")
     word = word.replace("FOLDER", str(tmp_path))
     assert at(word).place == word
 
@@ -101,7 +102,9 @@ def test_a_run_that_is_not_there_is_no_job_file(tmp_path: Path, word: str) -> No
         named("status", [word], tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "- 1", "name: x", "name: x\ncheckpoints: {uri: 7}", "a: [", "{}"])
+@pytest.mark.parametrize(
+    "text", ["", "- 1", "checkpoints: {uri: /mnt}", "name: x\ncheckpoints: {uri: 7}", "a: ["]
+)
 def test_a_job_that_is_none_is_named_where_it_is_needed(tmp_path: Path, text: str) -> None:
     (tmp_path / "job.yaml").write_text(text)
     found = at(str(tmp_path))

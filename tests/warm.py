@@ -24,7 +24,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from tests.attempts import FORKS
+from tests.attempts import FORKS, start_as_a_program
 
 CLIENT = Path(__file__).with_name("warm_client.py")
 
@@ -77,6 +77,7 @@ def _serve(client: socket.socket) -> None:
 def _trainer(asked: dict[str, Any], pipes: list[Connection]) -> None:
     """In the forked process: what the client was asked to be."""
     os.setsid()
+    start_as_a_program()
     for number, pipe in enumerate(pipes[:2], start=1):
         os.dup2(pipe.fileno(), number)
         pipe.close()
