@@ -29,7 +29,7 @@ from runner.checkpoint.pull import Wish, pull
 from runner.checkpoint.store import BootClock, Clock, Patience, Store
 from runner.command import Verb, complain, say
 from runner.errors import DataError, UsageError
-from runner.run_words import at, kept
+from runner.run_words import at
 
 PATIENCE = 120.0
 """Seconds that a silent store is waited for. A person waits, not a GPU."""
@@ -288,9 +288,9 @@ def _deleting(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
 
     def acting(arguments: argparse.Namespace) -> int:
         run = at(arguments.uri)
-        if run.folder is not None and (elsewhere := kept(run.folder)) is not None:
+        if run.folder is not None and run.place != str(run.folder):
             raise UsageError(
-                f"{arguments.uri} keeps its checkpoints in {elsewhere[0]}\n"
+                f"{arguments.uri} keeps its checkpoints in {run.place}\n"
                 "    remedy: name that address, if what is there shall be deleted"
             )
         return closing(act)(arguments)
