@@ -79,16 +79,18 @@ has-job:
 	@if [ -z "$(JOB)$$JOB_FILE$$JOB_YAML" ]; then \
 	  echo 'no job: name a file, make $(MAKECMDGOALS) JOB=jobs/demo-sft.yaml' >&2; exit 64; fi
 
+# pip compiles on one core. What does not compile is for other Pythons, and pip says nothing of it either.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo '$(PYTHON) is not Python 3.11 or later: name one that is, make PYTHON=python3.12 $(MAKECMDGOALS)' >&2; exit 69; }
 	@echo 'Setting up .venv: once, a minute or two and 2 GB (log: .venv/install.log)'
 	@set -o pipefail; $(PYTHON) -m venv .venv && \
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input \
+	$(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile \
 	  --constraint constraints.txt --editable '.[$(EXTRAS)]' 2>&1 \
 	| tee .venv/install.log \
 	| while IFS= read -r line; do if [ -t 1 ]; then printf '\r\033[K%.78s' "$$line"; fi; done \
 	|| { echo; tail -n 20 .venv/install.log >&2; exit 69; }; \
+	$(BIN)/python -m compileall -qq -j 0 .venv/lib; \
 	if [ -t 1 ]; then printf '\r\033[K'; fi; echo ".venv is ready after $$SECONDS s"; \
 	touch $@
 
