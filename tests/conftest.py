@@ -8,6 +8,7 @@ demo's data set is rendered once a session, into that home.
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,13 @@ from pathlib import Path
 import pytest
 
 pytest_plugins = ("tests.machines",)
+
+# A script's `make test &` and `nohup make test` begin with these ignored, and so would all that tests start
+# and stop by them: a command leaves an ignored signal as it is.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 FOREIGN = (
     "ACCELERATE_",
@@ -119,8 +127,8 @@ LONGEST = (
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Files that run at once: one more than cores, because a third of their time is waiting for others."""
-    return min((os.cpu_count() or 1) + 1, MOST_WORKERS)
+    """Files that run at once: two more than cores, because two fifths of their time is waiting for others."""
+    return min((os.cpu_count() or 1) + 2, MOST_WORKERS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
