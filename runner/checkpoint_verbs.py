@@ -288,9 +288,9 @@ def _deleting(act: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Na
 
     def acting(arguments: argparse.Namespace) -> int:
         run = at(arguments.uri)
-        if run.folder is not None and run.place != str(run.folder):
+        if run.folder is not None and (place := run.place) != str(run.folder):
             raise UsageError(
-                f"{arguments.uri} keeps its checkpoints in {run.place}\n"
+                f"{arguments.uri} keeps its checkpoints in {place}\n"
                 "    remedy: name that address, if what is there shall be deleted"
             )
         return closing(act)(arguments)
