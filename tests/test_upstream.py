@@ -7,6 +7,8 @@ import inspect
 import subprocess
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from transformers.integrations.deepspeed import (
 from trl import DPOTrainer, SFTTrainer
 
 from runner.train.deferred import _when_called
+from runner.train.placement import settle
 from runner.train.trainer import RunTrainer
 from runner.train.watched import WatchedTrainer
 
@@ -114,6 +117,28 @@ def test_a_precision_policy_of_ours_stands() -> None:
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
     plugin.set_mixed_precision("bf16")
     assert plugin.mixed_precision_policy is policy and policy.output_dtype is None
+
+
+def as_it_is(engine: torch.nn.Module) -> torch.nn.Module:
+    return engine
+
+
+@pytest.mark.parametrize("wrapped", [as_it_is, torch.compile, None])
+def test_ddp_cuts_its_buckets_anew_after_the_first_backward_pass(wrapped: Callable[..., Any] | None) -> None:
+    """Which `settle` makes one before the first step; nothing of it is left in the gradients."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        engine = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+        if wrapped is not None:
+            settle(SimpleNamespace(model_wrapped=wrapped(engine)))
+        assert all(parameter.grad is None for parameter in engine.parameters())
+        anew = []
+        for _ in range(3):
+            engine(torch.ones(1, 2)).sum().backward()
+            anew.append(engine._has_rebuilt_buckets)
+        assert anew == [wrapped is not None, True, True]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_transformers_takes_every_model_for_partitioned_under_one_global_configuration() -> None:

@@ -17,15 +17,18 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, is_compiled_module
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from runner.errors import DataError, RunnerError
 from runner.plan import Plan, Strategy
 from runner.train.data.rows import Rows
+from runner.train.gathering import trainable
 from runner.train.models.model import DTYPES
 from runner.train.world import device
 
@@ -131,6 +134,25 @@ def prepare(plan: Plan, built: TrainingArguments) -> None:
         deepspeed.ops.__compatible_ops__[SHARED_MEMORY] = False
 
 
+def settle(trainer: Trainer) -> None:
+    """Have DDP cut its buckets as they stay in the first forward pass; nothing of other engines. Collective.
+
+    PyTorch (2.13) sums all gradients of a process's first step in one bucket, in the order of registration,
+    and those of later steps in buckets of the order in which they came. Where a gradient lies in a bucket
+    says in which order more than two ranks add it: the first step after a resume would round otherwise than
+    the same step of the undisturbed run. So gradients come once without a forward pass, in the reverse order
+    of registration, which is about that of a backward pass: the buckets still overlap with one, and depend on
+    the model alone.
+    """
+    placed = _placed(trainer)
+    if not isinstance(placed, DistributedDataParallel):
+        return
+    placed.reducer.prepare_for_backward([])
+    for parameter in reversed(trainable(placed).values()):
+        parameter.sum().backward()
+    placed.zero_grad(set_to_none=True)
+
+
 def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
     """Refuse rows without an image where a process that has none in its batch leaves the others waiting.
 
@@ -166,13 +188,21 @@ def check_rows(plan: Plan, train: Rows | None, evaluation: Rows | None) -> None:
             )
 
 
+def _placed(trainer: Trainer) -> torch.nn.Module:
+    """What the strategy made of the model; of `torch_compile`, only DDP's module lies inside its wrapper."""
+    wrapped = trainer.model_wrapped
+    inner = wrapped._orig_mod if is_compiled_module(wrapped) else wrapped
+    return inner if isinstance(inner, DistributedDataParallel) else wrapped
+
+
 def engine(trainer: Trainer) -> dict[str, Any]:
     """What is in force, as result.json records it."""
     stage = None
-    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
-        stage = trainer.model_wrapped.zero_optimization_stage()
+    placed = _placed(trainer)
+    if trainer.is_deepspeed_enabled and placed is not trainer.model:
+        stage = placed.zero_optimization_stage()
     return {
-        "engine": type(trainer.model_wrapped).__name__,
+        "engine": type(placed).__name__,
         "zero_stage": stage,
         "distributed_type": str(trainer.accelerator.distributed_type.value),
     }

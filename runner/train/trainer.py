@@ -247,6 +247,7 @@ class RunTrainer(WatchedTrainer):
             prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
         placement.check(self, self._plan.strategy)
+        placement.settle(self)
         return prepared
 
     @property
