@@ -232,8 +232,12 @@ def _started(command: list[str], log: Path, on_event: Callable[[Event], object])
     return events
 
 
+LIBRARIES = ["runner.train.run", *([] if Path("/dev/nvidiactl").exists() else ["deepspeed"])]
+"""What is imported before a fork. accelerate imports DeepSpeed in every process, to ask whether a model is of
+it; where there is a GPU that would reach for it too early."""
+
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["runner.train.run", __name__])
+FORKS.set_forkserver_preload([*LIBRARIES, __name__])
 
 
 def _forked(plan: Path, log: Path, on_event: Callable[[Event], object]) -> list[Event]:

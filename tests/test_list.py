@@ -86,11 +86,7 @@ def test_every_run_of_a_bucket_is_a_row_and_status_says_the_same(
         "lost": "broken",
         "denied": "denied",
     }
-    assert list(found)[:3] == [
-        "live",
-        "stopped",
-        "bench",
-    ]
+    assert list(found)[:3] == ["live", "stopped", "bench"]
     assert (
         "runner checkpoints adopt" in found["lost"]["problem"]
         and "AccessDenied" in found["denied"]["problem"]

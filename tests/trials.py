@@ -9,6 +9,7 @@ the libraries keep state of their own and importing them takes longer than a tri
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -33,6 +34,7 @@ from runner.train.inspect import inspect
 from runner.train.models import model as models
 from runner.train.models.architectures import parts
 from runner.train.savings import savings
+from tests.attempts import LIBRARIES
 from tests.tiny_models import save
 
 SIZES = [(40, 40), (60, 30), (30, 60), (56, 44)]
@@ -226,6 +228,8 @@ def forked(folder: Path, name: str, method: str, freeze: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    for library in LIBRARIES:
+        importlib.import_module(library)
     for asked in sys.argv[2:]:
         name, method, freeze = asked.split(":")
         forked(Path(sys.argv[1], asked), name, method, [part for part in freeze.split("+") if part])
