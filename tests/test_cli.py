@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -177,21 +176,19 @@ def test_a_closed_stdout_is_no_traceback() -> None:
     assert "Traceback" not in done.stderr and done.returncode == 0
 
 
-def test_validate_loads_nothing_heavy_and_is_fast() -> None:
+def test_validate_loads_little() -> None:
+    """Nothing heavy, and few modules of any kind: what bench/validate.py measures is their import."""
     program = (
         "import sys\nfrom runner.cli import main\ncode = main(['validate', sys.argv[1]])\n"
         "heavy = {'torch', 'transformers', 'boto3', 'datasets', 'numpy', 'trl', 'peft', 'PIL', 'rich'}\n"
-        "sys.exit(code or ', '.join(sorted(heavy & set(sys.modules))) or 0)"
+        "print(code, sorted(heavy & set(sys.modules)), len(sys.modules))"
     )
-    subprocess.run(
-        [sys.executable, "-c", program, GOOD], cwd=ROOT, check=True, capture_output=True, timeout=60
-    )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert runner("validate", GOOD).returncode == 0
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # The promise is 0.5 s by the clock (the bench prints the median of ten). Here it is processor time, which
-    # other tests on the same machine change little: validate waits for nothing but its own imports.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    printed = subprocess.run(
+        [sys.executable, "-c", program, GOOD], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    code, heavy, modules = printed.splitlines()[-1].split()
+    assert (code, heavy) == ("0", "[]")
+    assert int(modules) < 450
 
 
 @pytest.mark.parametrize("words", [["report"], ["status"], ["export", "--to", "new"]])
