@@ -22,7 +22,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from runner.durable import write_json
 from runner.errors import Preempted, RunnerError
 from runner.plan import Plan
+from runner.tracking.choice import PACKAGES
 from runner.train.channel import Channel
+
+
+def leave_out_trackers() -> None:
+    """Make them look as if they were not installed: runner/tracking/ tracks, in processes of its own.
+
+    TRL (1.16) imports all that are there, a sixth of what a start takes. What is imported already stays.
+    """
+    for package, _ in PACKAGES.values():
+        sys.modules.setdefault(package, None)  # type: ignore[arg-type]
 
 
 def main(plan_file: Path) -> int:
@@ -32,6 +42,7 @@ def main(plan_file: Path) -> int:
     outcome: dict[str, Any] = {"format": 1, "error": None}
     rank = int(os.environ.get("RANK", "0"))
     file = plan.attempt_dir / ("outcome.json" if rank == 0 else f"outcome-{rank}.json")
+    leave_out_trackers()
     try:
         # torch and transformers load here, inside the guard
         import runner.train.deferred  # noqa: F401 (before others import what it imports)
