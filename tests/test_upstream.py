@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+import trl.extras.profiling
 import trl.kernels.chunked_logprob
+import trl.trainer.base_trainer
 import trl.trainer.utils
 from accelerate import PartialState
 from accelerate.state import AcceleratorState
@@ -119,6 +121,12 @@ def test_a_precision_policy_of_ours_stands() -> None:
     assert plugin.mixed_precision_policy is policy and policy.output_dtype is None
 
 
+KEPT: list[object] = []
+"""Process groups of gloo. Where the last reference to one goes while its thread still gives back what a
+backward pass sent, the two wait for each other: its destructor (PyTorch 2.13) joins that thread and holds the
+lock that the thread wants. In a run other calls between ranks lie between."""
+
+
 def as_it_is(engine: torch.nn.Module) -> torch.nn.Module:
     return engine
 
@@ -127,6 +135,7 @@ def as_it_is(engine: torch.nn.Module) -> torch.nn.Module:
 def test_ddp_cuts_its_buckets_anew_after_the_first_backward_pass(wrapped: Callable[..., Any] | None) -> None:
     """Which `settle` makes one before the first step; nothing of it is left in the gradients."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    KEPT.append(torch.distributed.group.WORLD)
     try:
         engine = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         if wrapped is not None:
@@ -189,6 +198,8 @@ def test_deepspeed_loads_its_own_checkpoint_in_the_method_that_is_overridden() -
 
 DEFERS = """
 import sys
+from runner.train.__main__ import leave_out_trackers
+leave_out_trackers()
 import runner.train.deferred
 import runner.train.run, torch
 from bitsandbytes.backends.default import ops
@@ -197,6 +208,8 @@ update = ops._optimizer_update_32bit
 print(hasattr(update, "__wrapped__"))
 import gc
 print(gc.isenabled(), gc.get_freeze_count() > 100_000)
+import deepspeed
+print([name for name in ("wandb", "mlflow", "trackio") if sys.modules[name]])
 """
 
 
@@ -207,7 +220,16 @@ def test_bitsandbytes_still_compiles_as_it_is_imported_and_waits_here() -> None:
     printed = subprocess.run(
         [sys.executable, "-c", DEFERS], capture_output=True, text=True, check=True
     ).stdout
-    assert printed.split() == ["False", "compile", "True", "True", "True"]
+    lines = printed.splitlines()
+    assert [*lines[:3], lines[-1]] == ["False compile", "True", "True True", "[]"]
+
+
+def test_trl_imports_every_tracker_that_is_installed() -> None:
+    """Which `leave_out_trackers` prevents, and needs not where TRL does not."""
+    source = inspect.getsource(trl.trainer.base_trainer)
+    assert "if is_wandb_available():\n    import wandb\n" in source
+    source = inspect.getsource(trl.extras.profiling)
+    assert "if is_mlflow_available():\n    import mlflow\n" in source
 
 
 def test_what_waits_to_be_compiled_is_compiled_once_and_called() -> None:
