@@ -20,13 +20,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from runner import cli
 from runner.errors import DataError
+from runner.export import build
 from runner.manifest import Evaluation, Job
 from runner.plan import Strategy
 from runner.planning.numbers import evaluations as evaluations_planned
 from runner.request import Request, write
 from runner.train.evaluation.history import Standing, standing, value_of
 from runner.train.watch import BEST, Watch
+from tests import warm
 from tests.attempts import JOB, merged, pairs, run, run_ranks
 
 # --- the rules ---
@@ -238,7 +241,10 @@ def test_it_stops_early_and_exports_the_best(undisturbed: Path, tmp_path: Path) 
     assert digest(tmp_path / "runs" / "overfits" / ADAPTER) == digest(undisturbed / ADAPTER)
 
 
-def test_an_export_names_the_step_that_was_kept(undisturbed: Path, tmp_path: Path) -> None:
+def test_an_export_names_the_step_that_was_kept(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "EXPORTER", warm.command("runner.train.export"))
     store, last, best = (
         undisturbed.parents[1] / "store",
         told(undisturbed)["steps"],
@@ -247,9 +253,7 @@ def test_an_export_names_the_step_that_was_kept(undisturbed: Path, tmp_path: Pat
 
     def exported(source: Path, *words: str) -> tuple[int, str]:
         to = tmp_path / "-".join([source.parent.name, *words])
-        command = [sys.executable, "-m", "runner", "export", str(source), "--to", str(to), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert cli.main(["export", str(source), "--to", str(to), *words]) == 0
         step: int = json.loads((to / "export.json").read_text())["step"]
         return step, digest(to / "adapter_model.safetensors")
 
