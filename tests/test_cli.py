@@ -188,7 +188,7 @@ def test_validate_loads_little() -> None:
     ).stdout
     code, heavy, modules = printed.splitlines()[-1].split()
     assert (code, heavy) == ("0", "[]")
-    assert int(modules) < 450
+    assert int(modules) < 400
 
 
 @pytest.mark.parametrize("words", [["report"], ["status"], ["export", "--to", "new"]])

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-import trl.extras.profiling
 import trl.kernels.chunked_logprob
 import trl.trainer.base_trainer
 import trl.trainer.utils
@@ -224,12 +223,13 @@ def test_bitsandbytes_still_compiles_as_it_is_imported_and_waits_here() -> None:
     assert [*lines[:3], lines[-1]] == ["False compile", "True", "True True", "[]"]
 
 
-def test_trl_imports_every_tracker_that_is_installed() -> None:
-    """Which `leave_out_trackers` prevents, and needs not where TRL does not."""
+def test_trl_and_deepspeed_import_trackers_that_are_installed() -> None:
+    """Which `leave_out_trackers` prevents, and needs not where they do not."""
+    import deepspeed.autotuning.autotuner
+
     source = inspect.getsource(trl.trainer.base_trainer)
     assert "if is_wandb_available():\n    import wandb\n" in source
-    source = inspect.getsource(trl.extras.profiling)
-    assert "if is_mlflow_available():\n    import mlflow\n" in source
+    assert "\n    import mlflow\n" in inspect.getsource(deepspeed.autotuning.autotuner)
 
 
 def test_what_waits_to_be_compiled_is_compiled_once_and_called() -> None:
